@@ -102,7 +102,7 @@ class FlowTuple:
 
     @property
     def key(self) -> bytes:
-        """Source, destination, source port, destination port: the run of bytes as it stands in a packet without options."""
+        """Source, destination, source port, destination port: one run of bytes, as in a packet without options."""
         source, destination = self.source, self.destination
         ports = source.port << 16 | destination.port
         return source.address + destination.address + ports.to_bytes(4, "big")
@@ -286,8 +286,10 @@ def _parse_segment(data: bytes, network: _Network) -> Segment | Malformed:
 
 
 def _are_possible_flags(flags: int) -> bool:
-    """May these TCP flags stand together? The rule of the kernel's conntrack: SYN, FIN and RST exclude each other, and a segment
-    with neither SYN nor RST has ACK."""
+    """May these TCP flags stand together?
+
+    The rule of the kernel's conntrack: SYN, FIN and RST exclude each other; without SYN and RST there is an ACK.
+    """
     only_one = flags & (TCP_SYN | TCP_FIN | TCP_RST) in (0, TCP_SYN, TCP_FIN, TCP_RST)
     return only_one and bool(flags & (TCP_SYN | TCP_RST | TCP_ACK))
 
