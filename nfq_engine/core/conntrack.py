@@ -142,27 +142,33 @@ TIMEOUTS: Final[dict[State, float]] = {
     State.ASSURED: 120,
 }
 
-_SETTLED: Final = frozenset({State.ESTABLISHED, State.ASSURED})
+# Where a packet without SYN, FIN or RST that goes a way cannot change the state, so the hot path need not ask.
+_SETTLED: Final = frozenset(
+    {
+        (State.ESTABLISHED, Direction.ORIGINAL),
+        (State.ESTABLISHED, Direction.REPLY),
+        (State.UNREPLIED, Direction.ORIGINAL),
+        (State.ASSURED, Direction.ORIGINAL),
+        (State.ASSURED, Direction.REPLY),
+    }
+)
 _REPLACEABLE: Final = frozenset({State.TIME_WAIT, State.CLOSE})
 
 _identifiers = itertools.count(1)
 
 
 class Connection:
-    """One connection, both directions.
-
-    `is_settled` says that a packet without SYN, FIN or RST cannot change the state, so the hot path need not ask.
-    """
+    """One connection, both directions, with the entries that find it."""
 
     __slots__ = (
         "created",
         "deadline",
+        "entries",
         "final",
         "identifier",
         "inside",
-        "is_settled",
+        "is_marked",
         "last_seen",
-        "marked",
         "original",
         "rule",
         "sockrefs",
@@ -176,8 +182,8 @@ class Connection:
         self.created = self.last_seen = now
         self.deadline = math.inf  # when `ConnectionTable.expired` looks at it next
         self.state = State.NONE
-        self.is_settled = False
-        self.marked = False
+        self.entries: dict[tuple[Stage, Direction], Entry] = {}
+        self.is_marked = False
         self.rule = ""
         self.sockrefs: tuple[Sockref, ...] = ()
         self.identifier = next(_identifiers)
@@ -205,18 +211,25 @@ class Connection:
     def advance(self, event: Event, direction: Direction) -> None:
         """Move on by one packet: the only place where `state` changes."""
         self.state = TRANSITIONS.get((self.state, event, direction), self.state)
-        self.is_settled = self.state in _SETTLED
+        for entry in self.entries.values():
+            entry.is_settled = (self.state, entry.direction) in _SETTLED
+
+    def traffic(self, direction: Direction) -> tuple[int, int]:
+        """Packets and bytes of one direction: counted at the destination stage, which each packet passes once."""
+        entry = self.entries.get((Stage.DESTINATION, direction))
+        return (entry.packets, entry.bytes) if entry is not None else (0, 0)
 
 
 class Entry:
     """What happens to one wire tuple at one stage: the connection, the way, the prepared rewrite, and how often."""
 
-    __slots__ = ("bytes", "connection", "direction", "packets", "rewrite")
+    __slots__ = ("bytes", "connection", "direction", "is_settled", "packets", "rewrite")
 
     def __init__(self, connection: Connection, direction: Direction, rewrite: Rewrite | None) -> None:
         self.connection = connection
         self.direction = direction
         self.rewrite = rewrite
+        self.is_settled = (connection.state, direction) in _SETTLED
         self.packets = 0
         self.bytes = 0
 
@@ -274,9 +287,9 @@ class ConnectionTable:
         """Take in a new connection, whose tuples nobody may hold; its source stage is undecided."""
         self._connections[connection.identifier] = connection
         self._undecided[connection.inside] = connection
-        self._put(Stage.DESTINATION, connection, Direction.ORIGINAL)
-        self._put(Stage.DESTINATION, connection, Direction.REPLY)
-        self._put(Stage.SOURCE, connection, Direction.REPLY)
+        self._put(connection, Stage.DESTINATION, Direction.ORIGINAL)
+        self._put(connection, Stage.DESTINATION, Direction.REPLY)
+        self._put(connection, Stage.SOURCE, Direction.REPLY)
 
     def schedule(self, connection: Connection) -> None:
         """Watch the timeout of a connection: called whenever its state may have changed."""
@@ -288,18 +301,18 @@ class ConnectionTable:
         """Set what the connection leaves as, once, when its first packet comes to the source stage."""
         self._undecided.pop(connection.inside, None)
         if final != connection.final:
-            self._take(Stage.DESTINATION, connection, connection.reply)
+            self._take(connection, Stage.DESTINATION, Direction.REPLY)
             connection.final = final
-            self._put(Stage.DESTINATION, connection, Direction.REPLY)
-        self._put(Stage.SOURCE, connection, Direction.ORIGINAL)
+            self._put(connection, Stage.DESTINATION, Direction.REPLY)
+        self._put(connection, Stage.SOURCE, Direction.ORIGINAL)
 
     def delete(self, connection: Connection) -> None:
         """Forget a connection; its next packet is a new connection's first."""
         del self._connections[connection.identifier]
         if self._undecided.get(connection.inside) is connection:
             del self._undecided[connection.inside]
-        for stage, flow, _ in _wire(connection):
-            self._take(stage, connection, flow)
+        for stage, direction in list(connection.entries):
+            self._take(connection, stage, direction)
 
     def expired(self, now: float) -> list[Connection]:
         """The connections whose time is over; they are still in the table.
@@ -319,35 +332,30 @@ class ConnectionTable:
                 self.schedule(connection)
         return over
 
-    def traffic(self, connection: Connection, direction: Direction) -> tuple[int, int]:
-        """Packets and bytes of one direction: counted at the destination stage, which each packet passes once."""
-        flow = connection.original if direction is Direction.ORIGINAL else connection.reply
-        entry = self.find(Stage.DESTINATION, flow)
-        if entry is None or entry.connection is not connection or entry.direction is not direction:
-            return (0, 0)
-        return (entry.packets, entry.bytes)
-
-    def _put(self, stage: Stage, connection: Connection, direction: Direction) -> None:
+    def _put(self, connection: Connection, stage: Stage, direction: Direction) -> None:
         """Make the entry of one stage and way; of a connection to itself, whose ways share a key, the first stays."""
-        for at, flow, becomes in _wire(connection)[direction * 2 : direction * 2 + 2]:
-            if at is stage:
-                rewrite = Rewrite.between(flow, becomes) if flow != becomes else None
-                self.entries[stage][flow.protocol].setdefault(flow.key, Entry(connection, direction, rewrite))
-
-    def _take(self, stage: Stage, connection: Connection, flow: FlowTuple) -> None:
-        """Remove a wire tuple's entry, if it is this connection's."""
+        flow, becomes = _wire(connection, stage, direction)
         entries = self.entries[stage][flow.protocol]
-        entry = entries.get(flow.key)
-        if entry is not None and entry.connection is connection:
-            del entries[flow.key]
+        if flow.key in entries:
+            return
+        rewrite = Rewrite.between(flow, becomes) if flow != becomes else None
+        entries[flow.key] = connection.entries[stage, direction] = Entry(connection, direction, rewrite)
+
+    def _take(self, connection: Connection, stage: Stage, direction: Direction) -> None:
+        """Remove the entry of one stage and way, if there is one."""
+        if connection.entries.pop((stage, direction), None) is not None:
+            flow, _ = _wire(connection, stage, direction)
+            del self.entries[stage][flow.protocol][flow.key]
 
 
-def _wire(connection: Connection) -> tuple[tuple[Stage, FlowTuple, FlowTuple], ...]:
-    """What the wire shows of a connection: at which stage, which tuple, and what it becomes; original way first."""
-    original, inside, final = connection.original, connection.inside, connection.final
-    return (
-        (Stage.DESTINATION, original, inside),
-        (Stage.SOURCE, inside, final),
-        (Stage.DESTINATION, final.inverse(), inside.inverse()),
-        (Stage.SOURCE, inside.inverse(), original.inverse()),
-    )
+def _wire(connection: Connection, stage: Stage, direction: Direction) -> tuple[FlowTuple, FlowTuple]:
+    """The tuple that the wire shows of a connection at a stage, and the one that it becomes there."""
+    match stage, direction:
+        case Stage.DESTINATION, Direction.ORIGINAL:
+            return connection.original, connection.inside
+        case Stage.SOURCE, Direction.ORIGINAL:
+            return connection.inside, connection.final
+        case Stage.DESTINATION, Direction.REPLY:
+            return connection.final.inverse(), connection.inside.inverse()
+        case _:
+            return connection.inside.inverse(), connection.original.inverse()

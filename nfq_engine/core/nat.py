@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from random import Random
 
 from nfq_engine.core.conntrack import Connection, ConnectionTable, Stage
 from nfq_engine.core.packet import Endpoint, FlowTuple
+from nfq_engine.core.surroundings import Chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class PortRange:
     first: int
     last: int
 
-    def from_random(self, chance: Random) -> Iterator[int]:
+    def from_random(self, chance: Chance) -> Iterator[int]:
         """Every port once, from a random one on."""
         count = self.last - self.first + 1
         start = chance.randrange(count)
@@ -60,7 +60,7 @@ class Allocator:
 
     connections: ConnectionTable
     ports: PortRange
-    chance: Random
+    chance: Chance
     is_reserved: Callable[[FlowTuple], bool]
 
     def destination(self, original: FlowTuple, to: Endpoint, *, may_displace: bool, may_move: bool) -> Choice | Taken:

@@ -1,0 +1,252 @@
+"""The socket API: setsockopt and getsockopt of IP_TPROXY, from argument bytes to reply or errno.
+
+Owns: the layout of the argument, the operations, who may call what, the errnos (tproxy.md section 4). Must not know how
+a call got here: by the Python client, or from an unmodified program. Place in the path: none; it feeds the sockrefs.
+
+Rule that holds here: a call that fails has changed nothing, so every check comes before the first change.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+from typing import Final
+
+from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.pipeline import Engine
+from nfq_engine.core.sockref import Flag, Sockref
+
+IP_TPROXY: Final = 11274
+IP_RECVORIGADDRS: Final = 11273
+
+VERSION: Final = (2, 0, 0)
+
+_OPERATION: Final = Struct("=I")
+_NUMBER: Final = Struct("=II")
+_SHORTEST: Final = 8
+_ADDRESS_AT: Final = 4
+
+_KINDS: Final = Flag.CONNECT | Flag.LISTEN | Flag.ESTABLISHED
+_SETTABLE: Final = _KINDS | Flag.ONCE | Flag.UNIDIR
+_SHOWN: Final = _SETTABLE | Flag.MARK_ONLY | Flag.APPLIED
+
+
+class Operation(IntEnum):
+    """The `op` of the argument."""
+
+    VERSION = 0
+    ASSIGN = 1
+    UNASSIGN = 2
+    QUERY = 3
+    FLAGS = 4
+    ALLOC = 5
+    CONNECT = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """What the engine must know of the calling socket: the kernel's facts, none of the caller's claims.
+
+    `local` has port 0 or an unspecified address while the socket is not bound to something definite; `is_privileged`
+    says that the caller has CAP_NET_ADMIN over the network namespace.
+    """
+
+    cookie: int
+    protocol: Protocol
+    local: Endpoint
+    is_connected: bool
+    has_reuse_address: bool
+    is_privileged: bool
+    owner: int
+
+
+def pack_address(operation: Operation, endpoint: Endpoint) -> bytes:
+    """The argument of ASSIGN and CONNECT, and QUERY's reply: op, address, port; 12 bytes for IPv4, 24 for IPv6."""
+    return b"".join(
+        (_OPERATION.pack(operation), endpoint.address, endpoint.port.to_bytes(2, "big"), b"\0\0"),
+    )
+
+
+def pack_number(operation: Operation, number: int = 0) -> bytes:
+    """The argument and the reply of VERSION and FLAGS; the argument of what has none."""
+    return _NUMBER.pack(operation, number) + b"\0" * 4
+
+
+def unpack_number(argument: bytes) -> int:
+    """The u32 behind the op."""
+    return int(_NUMBER.unpack_from(argument)[1])
+
+
+def unpack_address(argument: bytes, size: int) -> Endpoint | None:
+    """The address of `size` bytes and the port behind the op; None when the argument is too short."""
+    end = _ADDRESS_AT + size
+    if len(argument) < end + 2:
+        return None
+    return Endpoint(argument[_ADDRESS_AT:end], int.from_bytes(argument[end : end + 2], "big"))
+
+
+class SocketApi:
+    """The calls, on an engine's sockrefs and connections."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sockrefs = engine.sockrefs
+
+    def set(self, socket: Socket, argument: bytes, now: float) -> int:
+        """setsockopt(IP_TPROXY): 0 or an errno."""
+        if len(argument) < _SHORTEST:
+            return errno.EINVAL
+        match _OPERATION.unpack_from(argument)[0]:
+            case Operation.VERSION:
+                return self._check_version(unpack_number(argument))
+            case Operation.ASSIGN:
+                return self._assign(socket, unpack_address(argument, len(socket.local.address)), now)
+            case Operation.UNASSIGN:
+                return self.closed(socket.cookie)
+            case Operation.FLAGS:
+                return self._set_flags(socket, unpack_number(argument))
+            case Operation.ALLOC:
+                return self._allocate(socket)
+            case Operation.CONNECT:
+                return self._connect(socket, unpack_address(argument, len(socket.local.address)))
+            case _:
+                return errno.ENOPROTOOPT
+
+    def get(self, socket: Socket, argument: bytes) -> bytes | int:
+        """getsockopt(IP_TPROXY), whose value tells the op on the way in: the value, or an errno."""
+        if len(argument) < _SHORTEST:
+            return errno.EINVAL
+        operation = _OPERATION.unpack_from(argument)[0]
+        if operation == Operation.VERSION:
+            major, minor, patch = VERSION
+            return pack_number(Operation.VERSION, major << 24 | minor << 16 | patch)
+        if operation not in (Operation.QUERY, Operation.FLAGS):
+            return errno.ENOPROTOOPT
+        sockref = self._sockrefs.of_socket(socket.cookie)
+        if sockref is None:
+            return errno.ENOENT
+        if operation == Operation.QUERY:
+            return pack_address(Operation.QUERY, sockref.foreign)
+        return pack_number(Operation.FLAGS, sockref.flags & _SHOWN)
+
+    def closed(self, cookie: int) -> int:
+        """A socket gives its assignment back, or was closed."""
+        sockref = self._sockrefs.leave(cookie)
+        if sockref is None:
+            return errno.ENOENT
+        if sockref.cookies:
+            return 0  # others still share the mark-only entry
+        is_listener = sockref.has(Flag.LISTEN | Flag.ESTABLISHED)
+        if sockref.protocol is Protocol.TCP and is_listener and sockref.related:
+            sockref.flags |= Flag.ORPHAN  # it goes with its last connection (Engine.forget)
+            return 0
+        if sockref.protocol is Protocol.UDP:
+            self._engine.delete_related(sockref)
+        self._sockrefs.remove(sockref)
+        return 0
+
+    @staticmethod
+    def _check_version(asked: int) -> int:
+        """Is the API version that a program was made for supported: the same major, no newer minor?"""
+        major, minor = asked >> 24, asked >> 16 & 0xFF
+        return 0 if major == VERSION[0] and minor <= VERSION[1] else errno.EINVAL
+
+    def _assign(self, socket: Socket, foreign: Endpoint | None, now: float) -> int:
+        """Bind a socket to a foreign address; address 0 makes it, or shares, a mark-only entry."""
+        if not socket.is_privileged:
+            return errno.EPERM
+        if foreign is None or socket.is_connected or socket.local.is_unspecified or not socket.local.port:
+            return errno.EINVAL
+        if self._sockrefs.of_socket(socket.cookie) is not None:
+            return errno.EEXIST
+        present = [
+            entry for entry in self._sockrefs.at_local(socket.protocol, socket.local) if not entry.has(Flag.ORPHAN)
+        ]
+        if foreign.is_unspecified:
+            return self._assign_mark_only(socket, present, now)
+        if present:
+            return errno.EEXIST
+        flags = Flag(0)
+        if foreign.port:
+            at_foreign = self._sockrefs.at_foreign(socket.protocol, foreign)
+            holders = [entry for entry in at_foreign if not entry.has(Flag.ORPHAN)]
+            if holders and not socket.has_reuse_address:
+                return errno.EADDRINUSE
+            if any(not entry.has(Flag.MARK_ONLY) and not entry.has_remote for entry in holders):
+                flags = Flag.CONNECT_ONLY
+        self._add(socket, foreign, flags, now)
+        return 0
+
+    def _assign_mark_only(self, socket: Socket, present: list[Sockref], now: float) -> int:
+        """Make the socket's own address count as tproxied; sockets with one local address share an entry."""
+        shared = next((entry for entry in present if entry.has(Flag.MARK_ONLY)), None)
+        if shared is not None:
+            self._sockrefs.share(shared, socket.cookie)
+        elif present:
+            return errno.EEXIST
+        else:
+            self._add(socket, socket.local, Flag.MARK_ONLY, now)
+        return 0
+
+    def _add(self, socket: Socket, foreign: Endpoint, flags: Flag, now: float) -> None:
+        """Hash a new sockref of a socket."""
+        nobody = Endpoint(bytes(len(socket.local.address)), 0)
+        self._sockrefs.add(
+            Sockref(
+                protocol=socket.protocol,
+                local=socket.local,
+                foreign=foreign,
+                remote=nobody,
+                cookies={socket.cookie},
+                hashed=now,
+                flags=flags,
+                owner=socket.owner,
+            )
+        )
+
+    def _set_flags(self, socket: Socket, wanted: int) -> int:
+        """Say what the sockref is for; connections it made so far are looked up afresh."""
+        sockref = self._sockrefs.of_socket(socket.cookie)
+        if sockref is None:
+            return errno.ENOENT
+        kind = wanted & _KINDS
+        if wanted & ~_SETTABLE or kind not in (Flag.CONNECT, Flag.LISTEN, Flag.ESTABLISHED):
+            return errno.EINVAL
+        if sockref.has(Flag.MARK_ONLY):
+            return 0
+        if kind == Flag.LISTEN and sockref.has(Flag.CONNECT_ONLY):
+            return errno.EINVAL
+        if kind == Flag.ESTABLISHED and not sockref.has_remote:
+            return errno.EINVAL
+        self._engine.delete_related(sockref)
+        sockref.flags = Flag(wanted) | sockref.flags & Flag.CONNECT_ONLY
+        return 0
+
+    def _allocate(self, socket: Socket) -> int:
+        """Pick a free foreign port now."""
+        sockref = self._sockrefs.of_socket(socket.cookie)
+        if sockref is None:
+            return errno.ENOENT
+        if sockref.has(Flag.MARK_ONLY):
+            return 0
+        if sockref.foreign.port:
+            return errno.EINVAL
+        for port in self._engine.allocator.ports.from_random(self._engine.allocator.chance):
+            foreign = Endpoint(sockref.foreign.address, port)
+            if not self._sockrefs.at_foreign(sockref.protocol, foreign):
+                self._sockrefs.set_foreign(sockref, foreign)
+                return 0
+        return errno.EFAULT
+
+    def _connect(self, socket: Socket, remote: Endpoint | None) -> int:
+        """Narrow a sockref to a peer."""
+        sockref = self._sockrefs.of_socket(socket.cookie)
+        if sockref is None:
+            return errno.ENOENT
+        if remote is None:
+            return errno.EINVAL
+        if not sockref.has(Flag.MARK_ONLY):
+            sockref.remote = remote
+        return 0
