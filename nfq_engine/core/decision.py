@@ -35,14 +35,13 @@ class Reason(StrEnum):
     ICMP_PASSED = "icmp-passed"  # an error about a connection that needs no rewriting here, or about none
     NO_CONNECTION = "no-connection"  # TCP, neither of a connection nor one that could begin it
     UNRELATED = "unrelated"  # not TCP, UDP or an ICMP error
-    OVERSIZED_PASSED = "oversized-passed"  # too large to come whole, and nothing to rewrite
     # The packet is dropped.
     RULE_DROP = "rule-drop"  # a DROP rule, or the policy
     MALFORMED = "malformed"  # the header cannot be read
     CLASH = "clash"  # the mapping's addresses belong to a living connection
     NO_FREE_PORT = "no-free-port"  # every port of the range is taken
     NO_INTERFACE_ADDRESS = "no-interface-address"  # a TPROXY rule without --on-ip, an interface without an address
-    OVERSIZED = "oversized"  # too large to come whole, and it would have to be rewritten
+    OVERSIZED = "oversized"  # too large to come whole from the queue
     FAULT = "fault"  # an error of the engine's own
 
 

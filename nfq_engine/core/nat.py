@@ -32,7 +32,7 @@ class PortRange:
     def from_random(self, chance: Chance) -> Iterator[int]:
         """Every port once, from a random one on."""
         count = self.last - self.first + 1
-        start = chance.randrange(count)
+        start = int(chance.random() * count)
         return (self.first + (start + step) % count for step in range(count))
 
 

@@ -15,10 +15,6 @@ class Chance(Protocol):
         """A float in [0, 1)."""
         ...
 
-    def randrange(self, stop: int) -> int:
-        """An integer from 0 to `stop` - 1."""
-        ...
-
 
 class Interfaces(Protocol):
     """The addresses of this host's interfaces."""

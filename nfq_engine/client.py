@@ -1,0 +1,150 @@
+"""The Python client: what a proxy needs, in three lines.
+
+    tproxy = Tproxy()
+    tproxy.assign(sock, client_address, client_port)
+    tproxy.set_flags(sock, Flag.CONNECT)
+
+The calls are those of `setsockopt(IP_TPROXY)` and fail as it does: OSError with the errno that `sockopt.py` tells.
+Without an engine in this network namespace: ENOPROTOOPT, as on a kernel without tproxy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from types import TracebackType
+from typing import Any, Final, Self
+
+from nfq_engine import wire
+from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.sockopt import Operation, pack_address, pack_number, unpack_address, unpack_number
+from nfq_engine.core.sockref import Flag
+
+__all__ = ["ControlError", "Endpoint", "Flag", "Tproxy"]
+
+_PATIENCE: Final = 10.0  # seconds; an engine answers in microseconds, so a silent one is stuck or stopped
+
+
+class ControlError(Exception):
+    """The engine refused a request; the message is its own."""
+
+
+class Tproxy:
+    """A connection to the engine of this network namespace. One at a time may use it; a fork makes its own."""
+
+    def __init__(self) -> None:
+        """Connect; OSError(ENOPROTOOPT) when no engine runs in this namespace."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_PATIENCE)
+        self._received = b""
+        try:
+            self._socket.connect(wire.ADDRESS)
+        except ConnectionRefusedError as error:
+            self._socket.close()
+            raise OSError(errno.ENOPROTOOPT, "no tproxy engine runs in this network namespace") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; assignments stay, they belong to their sockets."""
+        self._socket.close()
+
+    # The socket API.
+
+    def assign(self, sock: socket.socket, address: str, port: int = 0) -> None:
+        """Let a bound socket appear as a foreign address; port 0: picked later; address 0.0.0.0 or ::: mark only."""
+        self.setsockopt(sock.fileno(), pack_address(Operation.ASSIGN, Endpoint.of(address, port)))
+
+    def unassign(self, sock: socket.socket) -> None:
+        """Take the assignment back."""
+        self.setsockopt(sock.fileno(), pack_number(Operation.UNASSIGN))
+
+    def set_flags(self, sock: socket.socket, flags: Flag) -> None:
+        """Say what the foreign address is for: CONNECT, LISTEN or ESTABLISHED, with ONCE and UNIDIR."""
+        self.setsockopt(sock.fileno(), pack_number(Operation.FLAGS, flags))
+
+    def connect(self, sock: socket.socket, address: str, port: int) -> None:
+        """Narrow the assignment to a peer (this connects nothing)."""
+        self.setsockopt(sock.fileno(), pack_address(Operation.CONNECT, Endpoint.of(address, port)))
+
+    def alloc(self, sock: socket.socket) -> None:
+        """Have a free foreign port picked now."""
+        self.setsockopt(sock.fileno(), pack_number(Operation.ALLOC))
+
+    def flags(self, sock: socket.socket) -> Flag:
+        """The flags, APPLIED and MARK_ONLY among them."""
+        return Flag(unpack_number(self.getsockopt(sock.fileno(), pack_number(Operation.FLAGS))))
+
+    def query(self, sock: socket.socket) -> Endpoint:
+        """The foreign address and port."""
+        size = 4 if sock.family == socket.AF_INET else 16
+        value = self.getsockopt(sock.fileno(), pack_number(Operation.QUERY))
+        endpoint = unpack_address(value, min(size, len(value) - 8))
+        if endpoint is None:
+            raise ControlError(f"the engine's reply to QUERY is too short: {value.hex()}")
+        return endpoint
+
+    def original_destination(self, sock: socket.socket) -> Endpoint:
+        """Where a redirected connection was going, asked with the accepted socket; ENOENT when it is no such."""
+        reply = self.call({"call": "original-destination"}, sock.fileno())
+        return Endpoint(bytes.fromhex(reply["address"]), reply["port"])
+
+    def original_destination_of(self, protocol: Protocol, local: Endpoint, peer: Endpoint) -> Endpoint:
+        """The same for a datagram, by the addresses that `recvfrom` and the socket's own name tell."""
+        request = {
+            "call": "original-destination",
+            "protocol": int(protocol),
+            "local": [local.address.hex(), local.port],
+            "peer": [peer.address.hex(), peer.port],
+        }
+        reply = self.call(request)
+        return Endpoint(bytes.fromhex(reply["address"]), reply["port"])
+
+    def setsockopt(self, descriptor: int, argument: bytes, pid: int | None = None) -> None:
+        """setsockopt(IP_TPROXY) with the option's own bytes; `pid`: on whose behalf, if not our own."""
+        self._sockopt("setsockopt", descriptor, argument, pid)
+
+    def getsockopt(self, descriptor: int, argument: bytes, pid: int | None = None) -> bytes:
+        """getsockopt(IP_TPROXY) with the option's own bytes."""
+        return bytes.fromhex(self._sockopt("getsockopt", descriptor, argument, pid)["value"])
+
+    def _sockopt(self, call: str, descriptor: int, argument: bytes, pid: int | None) -> wire.Message:
+        request: dict[str, Any] = {"call": call, "argument": argument.hex()}
+        if pid is not None:
+            request["pid"] = pid
+        return self.call(request, descriptor)
+
+    # Everything.
+
+    def call(self, request: wire.Message, descriptor: int | None = None) -> wire.Message:
+        """Send one request and wait for its reply; OSError with the reply's errno, ControlError with its error."""
+        if descriptor is None:
+            self._socket.sendall(wire.encode(request))
+        else:
+            line = wire.encode({**request, "with_socket": True})
+            sent = socket.send_fds(self._socket, [line], [descriptor])
+            self._socket.sendall(line[sent:])
+        reply = wire.decode(self._line())
+        if reply.get("errno"):
+            raise OSError(reply["errno"], reply.get("error", os.strerror(reply["errno"])))
+        if "error" in reply:
+            raise ControlError(reply["error"])
+        return reply
+
+    def _line(self) -> bytes:
+        """One line from the engine."""
+        pieces = [self._received]
+        while b"\n" not in pieces[-1]:
+            received = self._socket.recv(1 << 18)
+            if not received:
+                raise ConnectionResetError(errno.ECONNRESET, "the tproxy engine closed the connection")
+            pieces.append(received)
+        line, _, self._received = b"".join(pieces).partition(b"\n")
+        return line

@@ -1,0 +1,198 @@
+"""What the requests on the control socket mean.
+
+Owns: the calls by name, who may make them, the form of their replies. Place: between the control socket and the core.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nfq_engine import wire
+from nfq_engine.core.conntrack import Connection, Direction, Stage
+from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
+from nfq_engine.core.pipeline import Engine
+from nfq_engine.core.rule_text import RuleError, parse_command
+from nfq_engine.core.sockopt import Socket, SocketApi
+from nfq_engine.core.sockref import Sockref
+from nfq_engine.shell import sockets
+from nfq_engine.shell.control import Caller
+
+_Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Message]
+
+
+class Answers:
+    """Answers requests about one engine.
+
+    `settle` is called first for what depends on news that may still wait: closed sockets, packets counted elsewhere.
+    """
+
+    def __init__(self, engine: Engine, settle: Callable[[], None], status: Callable[[], wire.Message]) -> None:
+        self._engine = engine
+        self.socket_api = SocketApi(engine)
+        self._settle = settle
+        self._status = status
+        self._namespace = sockets.own_namespace()
+
+    def __call__(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
+        """The reply to one request; whatever is wrong with it is told, and nothing is changed."""
+        handler = _CALLS.get(request.get("call", "")) if isinstance(request.get("call"), str) else None
+        if handler is None:
+            return {"error": f"unknown call {request.get('call')!r}"}
+        try:
+            self._settle()
+            return handler(self, caller, request, descriptor)
+        except OSError as error:
+            return {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}
+        except RuleError as error:
+            return {"error": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            return {"error": f"malformed request: {type(error).__name__}: {error}"}
+
+    # The socket API.
+
+    def _setsockopt(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
+        argument = bytes.fromhex(request["argument"])
+        code = self.socket_api.set(self._socket(caller, request, descriptor), argument, time.monotonic())
+        return {"errno": code}
+
+    def _getsockopt(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
+        argument = bytes.fromhex(request["argument"])
+        result = self.socket_api.get(self._socket(caller, request, descriptor), argument)
+        return {"errno": result} if isinstance(result, int) else {"value": result.hex()}
+
+    def _socket(self, caller: Caller, request: wire.Message, descriptor: int | None) -> Socket:
+        """The calling socket; privileged if the caller is, and so is the process on whose behalf it calls."""
+        if descriptor is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        pids = {caller.pid, int(request.get("pid", caller.pid))}
+        is_privileged = all(sockets.may_administer(pid) for pid in pids)
+        return sockets.describe(descriptor, self._namespace, is_privileged=is_privileged)
+
+    def _original_destination(self, _caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
+        if descriptor is not None:
+            facts = sockets.describe(descriptor, self._namespace, is_privileged=False)
+            local, peer = sockets.peer_of(descriptor)
+            protocol = facts.protocol
+        else:
+            protocol = Protocol(request["protocol"])
+            local, peer = _endpoint(request["local"]), _endpoint(request["peer"])
+        connection = self._mapped_connection(FlowTuple(protocol, peer, local))
+        if connection is None:
+            raise OSError(errno.ENOENT, "no mapped connection has these addresses")
+        original = connection.original.destination
+        return {"address": original.address.hex(), "port": original.port}
+
+    def _mapped_connection(self, inside: FlowTuple) -> Connection | None:
+        """The mapped connection that a local socket sees as `inside`."""
+        entry = self._engine.connections.find(Stage.DESTINATION, inside.inverse())
+        if entry is None or entry.direction is not Direction.REPLY or not entry.connection.is_mapped:
+            return None
+        return entry.connection
+
+    # The ruleset.
+
+    def _rules(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
+        _require_privilege(caller)
+        arguments = request["arguments"]
+        if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+            raise TypeError("arguments is a list of strings")
+        return {"output": self._engine.ruleset.apply(parse_command(arguments))}
+
+    # Looking inside.
+
+    def _sockrefs(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
+        return {"sockrefs": [_sockref(entry) for entry in self._engine.sockrefs]}
+
+    def _connections(self, caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
+        _require_privilege(caller)
+        now = time.monotonic()
+        return {"connections": [_connection(connection, now) for connection in self._engine.connections]}
+
+    def _counters(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
+        counters = self._engine.counters
+        hooks: dict[str, dict[str, int]] = {}
+        for (hook, reason), packets in sorted(counters.packets.items()):
+            hooks.setdefault(hook.name, {})[reason.value] = packets
+        return {
+            "counters": {
+                "hooks": hooks,
+                "malformed": dict(counters.malformed),
+                "connections": len(self._engine.connections),
+                "sockrefs": len(self._engine.sockrefs),
+                **self._status(),
+            }
+        }
+
+
+_CALLS: dict[str, _Handler] = {
+    "setsockopt": Answers._setsockopt,
+    "getsockopt": Answers._getsockopt,
+    "original-destination": Answers._original_destination,
+    "rules": Answers._rules,
+    "sockrefs": Answers._sockrefs,
+    "connections": Answers._connections,
+    "counters": Answers._counters,
+}
+
+
+def _require_privilege(caller: Caller) -> None:
+    """OSError(EPERM) for callers without CAP_NET_ADMIN here."""
+    if not sockets.may_administer(caller.pid):
+        raise OSError(errno.EPERM, "this needs CAP_NET_ADMIN in the engine's network namespace")
+
+
+def _endpoint(value: Any) -> Endpoint:
+    """An endpoint from its JSON form, a list of hexadecimal address and port."""
+    address, port = value
+    return Endpoint(bytes.fromhex(address), int(port))
+
+
+def _endpoint_text(endpoint: Endpoint) -> dict[str, str | int]:
+    text, _, _ = str(endpoint).rpartition(":")
+    return {"address": text.strip("[]"), "port": endpoint.port}
+
+
+def _sockref(sockref: Sockref) -> wire.Message:
+    """A sockref as JSON."""
+    return {
+        "protocol": sockref.protocol.name.lower(),
+        "local": _endpoint_text(sockref.local),
+        "foreign": _endpoint_text(sockref.foreign),
+        "remote": _endpoint_text(sockref.remote),
+        "flags": [flag.name for flag in sockref.flags],
+        "flags_value": int(sockref.flags),
+        "related": len(sockref.related),
+        "sockets": len(sockref.cookies),
+        "hashed": sockref.hashed,
+        "owner": sockref.owner,
+    }
+
+
+def _connection(connection: Connection, now: float) -> wire.Message:
+    """A connection as JSON."""
+    packets_original, bytes_original = connection.traffic(Direction.ORIGINAL)
+    packets_reply, bytes_reply = connection.traffic(Direction.REPLY)
+    return {
+        "id": connection.identifier,
+        "protocol": connection.original.protocol.name.lower(),
+        "state": connection.state.value,
+        "original": _flow(connection.original),
+        "inside": _flow(connection.inside),
+        "final": _flow(connection.final),
+        "reply": _flow(connection.reply),
+        "is_mapped": connection.is_mapped,
+        "is_marked": connection.is_marked,
+        "rule": connection.rule,
+        "packets": {"original": packets_original, "reply": packets_reply},
+        "bytes": {"original": bytes_original, "reply": bytes_reply},
+        "age": round(now - connection.created, 3),
+        "expires_in": round(connection.expires - now, 3),
+    }
+
+
+def _flow(flow: FlowTuple) -> wire.Message:
+    return {"source": _endpoint_text(flow.source), "destination": _endpoint_text(flow.destination)}

@@ -1,0 +1,210 @@
+"""Sockets of other processes: what the kernel says of them, and when they are closed.
+
+Owns: the facts behind a descriptor that somebody handed over, the privileges of its owner, and the news of destroyed
+sockets (sock_diag). Must not trust anything that the owner says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Final
+
+from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.sockopt import Socket
+
+SO_COOKIE: Final = 57
+_SIOCGSKNS: Final = 0x894C
+_NS_GET_USERNS: Final = 0xB701
+_NS_GET_PARENT: Final = 0xB702
+_CAP_NET_ADMIN: Final = 1 << 12
+
+_NETLINK_SOCK_DIAG: Final = 4
+_DESTROY_GROUPS: Final = 0b1111  # TCP, UDP, TCP over IPv6, UDP over IPv6 (linux/sock_diag.h, enum sknetlink_groups)
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_DUMP: Final = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_NLMSG_ERROR: Final = 2
+_NLMSG_DONE: Final = 3
+_HEADER: Final = struct.Struct("=IHHII")
+_COOKIE_AT: Final = 4 + 2 + 2 + 16 + 16 + 4  # in struct inet_diag_msg (linux/inet_diag.h)
+_COOKIE: Final = struct.Struct("=II")
+_ALL: Final = 0x10000
+
+
+def own_namespace() -> tuple[int, int]:
+    """Device and inode of this thread's network namespace: its identity."""
+    status = Path("/proc/thread-self/ns/net").stat()
+    return status.st_dev, status.st_ino
+
+
+def describe(descriptor: int, namespace: tuple[int, int], *, is_privileged: bool) -> Socket:
+    """What the kernel says of a socket that was handed over.
+
+    OSError: ENOTSOCK for no socket, EINVAL for one that is neither TCP nor UDP or belongs to another network namespace.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as handed:
+        if _namespace_of(handed) != namespace:
+            raise OSError(errno.EINVAL, "the socket belongs to another network namespace")
+        protocol = handed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        if handed.family not in (socket.AF_INET, socket.AF_INET6) or protocol not in (Protocol.TCP, Protocol.UDP):
+            raise OSError(errno.EINVAL, "only TCP and UDP sockets can have a foreign address")
+        cookie = handed.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+        return Socket(
+            cookie=int.from_bytes(cookie, "little" if struct.pack("=H", 1)[0] else "big"),
+            protocol=Protocol(protocol),
+            local=endpoint_of(handed.getsockname()),
+            is_connected=_is_connected(handed),
+            has_reuse_address=bool(handed.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)),
+            is_privileged=is_privileged,
+            owner=os.fstat(descriptor).st_uid,
+        )
+
+
+def endpoint_of(name: tuple[str, int] | tuple[str, int, int, int]) -> Endpoint:
+    """The endpoint that getsockname or getpeername tells; an IPv4 address mapped into IPv6 is the IPv4 address."""
+    text, port = name[0].partition("%")[0], name[1]
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    address = socket.inet_pton(family, text)
+    if address.startswith(b"\0" * 10 + b"\xff\xff"):
+        address = address[12:]
+    return Endpoint(address, port)
+
+
+def peer_of(descriptor: int) -> tuple[Endpoint, Endpoint]:
+    """Local and peer endpoint of a connected socket; OSError when it is none."""
+    with socket.socket(fileno=os.dup(descriptor)) as handed:
+        return endpoint_of(handed.getsockname()), endpoint_of(handed.getpeername())
+
+
+def may_administer(pid: int) -> bool:
+    """Has a process CAP_NET_ADMIN over this network namespace (capabilities(7), user_namespaces(7))?
+
+    A capability counts in the user namespace that owns the network namespace, and in every ancestor of that one.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        home = Path(f"/proc/{pid}/ns/user").stat()
+    except OSError:
+        return False
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective, 16) & _CAP_NET_ADMIN) and (home.st_dev, home.st_ino) in _owners()
+
+
+def _owners() -> set[tuple[int, int]]:
+    """The user namespaces whose capabilities count here: the owner of this network namespace, and its ancestors."""
+    owners = set()
+    with contextlib.ExitStack() as stack:
+        current = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        stack.callback(os.close, current)
+        step = _NS_GET_USERNS
+        # EPERM: the parent lies outside what we may see, and whoever is in there sees us only from above.
+        with contextlib.suppress(PermissionError):
+            while True:
+                current = fcntl.ioctl(current, step)
+                stack.callback(os.close, current)
+                status = os.fstat(current)
+                owners.add((status.st_dev, status.st_ino))
+                step = _NS_GET_PARENT
+    return owners
+
+
+def _namespace_of(handed: socket.socket) -> tuple[int, int]:
+    """The network namespace of a socket."""
+    try:
+        descriptor = fcntl.ioctl(handed.fileno(), _SIOCGSKNS)
+    except OSError as error:
+        raise OSError(errno.EINVAL, f"the socket's network namespace cannot be told: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(descriptor)
+
+
+def _is_connected(handed: socket.socket) -> bool:
+    """Has the socket a peer?"""
+    try:
+        handed.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+class DestroyedSockets:
+    """The news of closed sockets: the kernel multicasts every destroyed TCP and UDP socket of the namespace."""
+
+    def __init__(self) -> None:
+        self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+        self._news.setblocking(False)
+        self._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._news.bind((0, _DESTROY_GROUPS))
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when a socket was destroyed."""
+        return self._news.fileno()
+
+    def read(self) -> set[int] | None:
+        """The cookies of the sockets destroyed since the last call; None when news was lost: ask `living`."""
+        cookies: set[int] = set()
+        is_complete = True
+        while True:
+            try:
+                data = self._news.recv(_ALL)
+            except BlockingIOError:
+                return cookies if is_complete else None
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                is_complete = False
+                continue
+            cookies.update(_cookies(data))
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._news.close()
+
+
+def living() -> set[int]:
+    """The cookies of all TCP and UDP sockets of this namespace."""
+    cookies: set[int] = set()
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asking:
+        asking.bind((0, 0))
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for protocol in Protocol:
+                # struct inet_diag_req_v2: family, protocol, extensions, padding, states, id
+                request = struct.pack("=BBBxI48x", family, protocol, 0, 0xFFFFFFFF)
+                asking.send(_HEADER.pack(16 + len(request), _SOCK_DIAG_BY_FAMILY, _DUMP, 0, 0) + request)
+                while not _is_last(data := asking.recv(_ALL)):
+                    cookies.update(_cookies(data))
+                cookies.update(_cookies(data))
+    return cookies
+
+
+def _messages(data: bytes) -> list[tuple[int, bytes]]:
+    """The netlink messages of one datagram: type and body."""
+    found, at = [], 0
+    while at + _HEADER.size <= len(data):
+        length, kind, *_ = _HEADER.unpack_from(data, at)
+        found.append((kind, data[at + _HEADER.size : at + length]))
+        at += max(length + 3 & ~3, _HEADER.size)
+    return found
+
+
+def _is_last(data: bytes) -> bool:
+    """Does a dump end in this datagram?"""
+    return any(kind in (_NLMSG_DONE, _NLMSG_ERROR) for kind, _ in _messages(data))
+
+
+def _cookies(data: bytes) -> list[int]:
+    """The socket cookies in a datagram of inet_diag messages."""
+    found = []
+    for kind, body in _messages(data):
+        if kind == _SOCK_DIAG_BY_FAMILY and len(body) >= _COOKIE_AT + _COOKIE.size:
+            low, high = _COOKIE.unpack_from(body, _COOKIE_AT)
+            found.append(high << 32 | low)
+    return found
