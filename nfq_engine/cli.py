@@ -1,0 +1,165 @@
+"""tproxyctl: talks to the engine of the network namespace that it runs in.
+
+Owns: arguments, tables on a terminal, exit codes. What it shows comes from the control socket, whole; what it sends is
+what iptables would be given. Exit codes: 0 done, 1 the engine refused or is not there, 2 wrong usage of this command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from nfq_engine import wire
+from nfq_engine.client import ControlError, Tproxy
+
+_RULES_HELP: Final = """\b
+Rules are given as to iptables, without -t:
+  tproxyctl -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 50080
+  tproxyctl -I|-D CHAIN ...   -F|-Z|-L|-S [CHAIN]   -N|-X CHAIN   -P CHAIN ACCEPT|DROP   -L -v
+\b
+Matches: -p -s -d -i -o --sport --dport, each with !, ports as ranges.
+Targets: TPROXY --on-port PORT [--on-ip ADDRESS], ACCEPT, DROP, RETURN, or a chain of your own.
+\b
+Exit codes: 0 done, 1 the engine refused or is not there, 2 wrong usage."""
+
+_as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def ask(request: wire.Message) -> wire.Message:
+    """Send one request to the engine; what it says no to ends the command."""
+    try:
+        with Tproxy() as tproxy:
+            return tproxy.call(request)
+    except (OSError, ControlError) as error:
+        raise click.ClickException(getattr(error, "strerror", None) or str(error)) from error
+
+
+@click.group(epilog=_RULES_HELP, context_settings={"help_option_names": ["--help"]})
+def commands() -> None:
+    """Talk to the tproxy engine of this network namespace: look inside, and change its ruleset."""
+
+
+@commands.command()
+@_as_json
+def sockrefs(*, as_json: bool) -> None:
+    """The sockets that own a foreign address."""
+    entries = ask({"call": "sockrefs"})["sockrefs"]
+    _show(entries, as_json, ("protocol", "foreign", "local", "remote", "flags", "related", "sockets"), _sockref_row)
+
+
+@commands.command()
+@_as_json
+def connections(*, as_json: bool) -> None:
+    """The connections that came through the queue, with the addresses of each step."""
+    entries = ask({"call": "connections"})["connections"]
+    columns = ("protocol", "state", "original", "inside", "reply", "packets", "by", "expires in")
+    _show(entries, as_json, columns, _connection_row)
+
+
+@commands.command()
+@_as_json
+def counters(*, as_json: bool) -> None:
+    """Packets by hook and reason, the queue's own counts, and how much there is of what."""
+    values = ask({"call": "counters"})["counters"]
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    table = _table(("hook", "reason", "packets"))
+    for hook, reasons in values["hooks"].items():
+        for reason, packets in reasons.items():
+            if packets:
+                table.add_row(hook, reason, str(packets))
+    for why, packets in values["malformed"].items():
+        table.add_row("", f"malformed: {why}", str(packets))
+    _console().print(table)
+    queue = values["queue"]
+    click.echo(f"datapath: {values['datapath']}; sockrefs: {values['sockrefs']}; connections: {values['connections']}")
+    click.echo(
+        f"queue: {queue['waiting']} waiting, {queue['dropped_full']} dropped because it was full, "
+        f"{queue['dropped_unread']} because they could not be read"
+    )
+
+
+def _endpoint(value: dict[str, Any]) -> str:
+    address = f"[{value['address']}]" if ":" in value["address"] else value["address"]
+    return f"{address}:{value['port']}"
+
+
+def _flow(value: dict[str, Any]) -> str:
+    return f"{_endpoint(value['source'])} > {_endpoint(value['destination'])}"
+
+
+_Row = Callable[[dict[str, Any]], tuple[str, ...]]
+
+
+def _sockref_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        entry["protocol"],
+        _endpoint(entry["foreign"]),
+        _endpoint(entry["local"]),
+        _endpoint(entry["remote"]),
+        "|".join(entry["flags"]),
+        str(entry["related"]),
+        str(entry["sockets"]),
+    )
+
+
+def _connection_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    packets = entry["packets"]
+    return (
+        entry["protocol"],
+        entry["state"],
+        _flow(entry["original"]),
+        _flow(entry["inside"]) if entry["is_mapped"] else "",
+        _flow(entry["reply"]),
+        f"{packets['original']} / {packets['reply']}",
+        entry["rule"] or ("sockref" if entry["is_mapped"] else ""),
+        f"{entry['expires_in']:.0f} s",
+    )
+
+
+def _show(entries: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...], row: _Row) -> None:
+    """Print a listing, as JSON or as a table."""
+    if as_json:
+        click.echo(json.dumps(entries, indent=2))
+        return
+    table = _table(columns)
+    for entry in entries:
+        table.add_row(*row(entry))
+    _console().print(table)
+
+
+def _table(columns: tuple[str, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """The terminal as it is; without one, lines as long as they need to be."""
+    return Console() if sys.stdout.isatty() else Console(width=400, highlight=False)
+
+
+def main() -> None:
+    """The command: rules in iptables' way when the first argument is such an option, else a command by name."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("--help", "--version"):
+        try:
+            for line in ask({"call": "rules", "arguments": arguments})["output"]:
+                click.echo(line)
+        except click.ClickException as error:
+            click.echo(f"tproxyctl: {error.message}", err=True)
+            sys.exit(1)
+        return
+    commands()
+
+
+if __name__ == "__main__":
+    main()
