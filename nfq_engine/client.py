@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from nfq_engine import wire
+from nfq_engine.core.option import Operation, pack_address, pack_number, unpack_address, unpack_number
 from nfq_engine.core.packet import Endpoint, Protocol
-from nfq_engine.core.sockopt import Operation, pack_address, pack_number, unpack_address, unpack_number
 from nfq_engine.core.sockref import Flag
 
 __all__ = ["ControlError", "Endpoint", "Flag", "Tproxy"]

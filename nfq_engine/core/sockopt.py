@@ -1,7 +1,7 @@
 """The socket API: setsockopt and getsockopt of IP_TPROXY, from argument bytes to reply or errno.
 
-Owns: the layout of the argument, the operations, who may call what, the errnos (tproxy.md section 4). Must not know how
-a call got here: by the Python client, or from an unmodified program. Place in the path: none; it feeds the sockrefs.
+Owns: the operations, who may call what, the errnos (tproxy.md section 4). Must not know how a call got here: by the
+Python client, or from an unmodified program. Place in the path: none; it feeds the sockrefs.
 
 Rule that holds here: a call that fails has changed nothing, so every check comes before the first change.
 """
@@ -10,39 +10,26 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from enum import IntEnum
-from struct import Struct
 from typing import Final
 
+from nfq_engine.core.option import (
+    SHORTEST,
+    Operation,
+    pack_address,
+    pack_number,
+    unpack_address,
+    unpack_number,
+    unpack_operation,
+)
 from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.sockref import Flag, Sockref
 
-IP_TPROXY: Final = 11274
-IP_RECVORIGADDRS: Final = 11273
-
 VERSION: Final = (2, 0, 0)
-
-_OPERATION: Final = Struct("=I")
-_NUMBER: Final = Struct("=II")
-_SHORTEST: Final = 8
-_ADDRESS_AT: Final = 4
 
 _KINDS: Final = Flag.CONNECT | Flag.LISTEN | Flag.ESTABLISHED
 _SETTABLE: Final = _KINDS | Flag.ONCE | Flag.UNIDIR
 _SHOWN: Final = _SETTABLE | Flag.MARK_ONLY | Flag.APPLIED
-
-
-class Operation(IntEnum):
-    """The `op` of the argument."""
-
-    VERSION = 0
-    ASSIGN = 1
-    UNASSIGN = 2
-    QUERY = 3
-    FLAGS = 4
-    ALLOC = 5
-    CONNECT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +49,6 @@ class Socket:
     owner: int
 
 
-def pack_address(operation: Operation, endpoint: Endpoint) -> bytes:
-    """The argument of ASSIGN and CONNECT, and QUERY's reply: op, address, port; 12 bytes for IPv4, 24 for IPv6."""
-    return b"".join(
-        (_OPERATION.pack(operation), endpoint.address, endpoint.port.to_bytes(2, "big"), b"\0\0"),
-    )
-
-
-def pack_number(operation: Operation, number: int = 0) -> bytes:
-    """The argument and the reply of VERSION and FLAGS; the argument of what has none."""
-    return _NUMBER.pack(operation, number) + b"\0" * 4
-
-
-def unpack_number(argument: bytes) -> int:
-    """The u32 behind the op."""
-    return int(_NUMBER.unpack_from(argument)[1])
-
-
-def unpack_address(argument: bytes, size: int) -> Endpoint | None:
-    """The address of `size` bytes and the port behind the op; None when the argument is too short."""
-    end = _ADDRESS_AT + size
-    if len(argument) < end + 2:
-        return None
-    return Endpoint(argument[_ADDRESS_AT:end], int.from_bytes(argument[end : end + 2], "big"))
-
-
 class SocketApi:
     """The calls, on an engine's sockrefs and connections."""
 
@@ -96,9 +58,9 @@ class SocketApi:
 
     def set(self, socket: Socket, argument: bytes, now: float) -> int:
         """setsockopt(IP_TPROXY): 0 or an errno."""
-        if len(argument) < _SHORTEST:
+        if len(argument) < SHORTEST:
             return errno.EINVAL
-        match _OPERATION.unpack_from(argument)[0]:
+        match unpack_operation(argument):
             case Operation.VERSION:
                 return self._check_version(unpack_number(argument))
             case Operation.ASSIGN:
@@ -116,9 +78,9 @@ class SocketApi:
 
     def get(self, socket: Socket, argument: bytes) -> bytes | int:
         """getsockopt(IP_TPROXY), whose value tells the op on the way in: the value, or an errno."""
-        if len(argument) < _SHORTEST:
+        if len(argument) < SHORTEST:
             return errno.EINVAL
-        operation = _OPERATION.unpack_from(argument)[0]
+        operation = unpack_operation(argument)
         if operation == Operation.VERSION:
             major, minor, patch = VERSION
             return pack_number(Operation.VERSION, major << 24 | minor << 16 | patch)

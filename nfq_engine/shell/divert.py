@@ -62,7 +62,7 @@ table inet {TABLE} {{
         icmp type {{ {_ICMP_ERRORS} }} jump {_TO_QUEUE}
         icmpv6 type {{ {_ICMPV6_ERRORS} }} jump {_TO_QUEUE}
     }}
-    chain mark {{
+    chain carry_mark {{
         meta mark & {mark:#x} == {mark:#x} ct mark & {mark:#x} == 0 ct mark set ct mark | {mark:#x}
         ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
     }}
@@ -81,15 +81,15 @@ table inet {TABLE} {{
     }}
     chain mark_prerouting {{
         type filter hook prerouting priority -199; policy accept;
-        jump mark
+        jump carry_mark
     }}
     chain mark_output {{
         type filter hook output priority -199; policy accept;
-        jump mark
+        jump carry_mark
     }}
     chain mark_postrouting {{
         type filter hook postrouting priority 301; policy accept;
-        jump mark
+        jump carry_mark
     }}
 }}
 """
