@@ -144,7 +144,9 @@ def _table(columns: tuple[str, ...]) -> Table:
 
 def _console() -> Console:
     """The terminal as it is; without one, lines as long as they need to be."""
-    return Console() if sys.stdout.isatty() else Console(width=400, highlight=False)
+    if sys.stdout.isatty():
+        return Console(markup=False)
+    return Console(width=400, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from nfq_engine import wire
 from nfq_engine.core.conntrack import Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.nat import PortRange
-from nfq_engine.core.packet import Hook
+from nfq_engine.core.packet import Hook, claimed_length
 from nfq_engine.core.pipeline import Arrival, Engine
 from nfq_engine.core.rule_text import RuleError, restore
 from nfq_engine.shell import divert, sockets
@@ -103,16 +103,15 @@ class PacketHandler:
         packet.accept()
 
     def _decision(self, packet: QueuedPacket, hook: Hook, data: bytes) -> Decision:
-        if len(data) >= LARGEST_COPY:
-            self._engine.counters.count(hook, Reason.OVERSIZED)
-            return Decision(Verdict.DROP, Reason.OVERSIZED, detail=f"{len(data)} bytes or more")
+        missing = claimed_length(data) - len(data) if len(data) >= LARGEST_COPY else 0
         arrival = Arrival(
             hook=hook,
-            data=data,
+            data=data + bytes(missing) if missing > 0 else data,
             in_interface=self._interfaces.name(packet.indev),
             out_interface=self._interfaces.name(packet.outdev),
             now=time.monotonic(),
             mark=packet.get_mark(),
+            is_cut=missing > 0,
         )
         return self._engine.decide(arrival)
 

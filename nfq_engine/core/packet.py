@@ -182,6 +182,13 @@ class _Network:
     end: int
 
 
+def claimed_length(data: bytes) -> int:
+    """How many bytes an IPv4 or IPv6 packet says it has, by its fixed header, which must be there."""
+    if data[0] >> 4 == 4:
+        return data[2] << 8 | data[3]
+    return IPV6_HEADER + (data[4] << 8 | data[5])
+
+
 def parse(data: bytes) -> Parsed:
     """Read one IPv4 or IPv6 packet, which starts at its IP header and must be whole."""
     network = _parse_network(data, 0, len(data))

@@ -44,7 +44,11 @@ _ANY_PORT: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A packet as it came to a hook. Interfaces are names, empty where the hook has none; `now` is in seconds."""
+    """A packet as it came to a hook. Interfaces are names, empty where the hook has none; `now` is in seconds.
+
+    `is_cut`: the packet's end did not fit into the queue's message and stands as zeros in `data`, so the packet can be
+    let through as it is, but not be rewritten.
+    """
 
     hook: Hook
     data: bytes
@@ -52,6 +56,7 @@ class Arrival:
     out_interface: str
     now: float
     mark: int = 0
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class Engine:
     def decide(self, arrival: Arrival) -> Decision:
         """Decide on one packet that the hot path did not know."""
         decision = self._decide(arrival)
+        if arrival.is_cut and decision.payload is not None:
+            decision = Decision(Verdict.DROP, Reason.OVERSIZED, detail=f"{len(arrival.data)} bytes")
         self.counters.count(arrival.hook, decision.reason)
         return decision
 

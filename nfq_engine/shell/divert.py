@@ -27,6 +27,10 @@ import struct
 import subprocess
 from typing import Final
 
+# A queue message carries 65531 bytes of packet (queue.py), lo's are up to 65535: TCP is told to stay below that, with 60
+# bytes of IPv6 and TCP header. nft only ever lowers a segment size (net/netfilter/nft_exthdr.c).
+_LARGEST_SEGMENT: Final = 65531 - 60
+
 TABLE: Final = "nfq_tproxy"
 _TO_QUEUE: Final = "to_queue"
 _ICMP_ERRORS: Final = "destination-unreachable, source-quench, redirect, time-exceeded, parameter-problem"
@@ -58,6 +62,7 @@ table inet {TABLE} {{
     chain {_TO_QUEUE} {{
     }}
     chain diverted {{
+        tcp flags syn tcp option maxseg size set {_LARGEST_SEGMENT}
         meta l4proto {{ tcp, udp }} jump {_TO_QUEUE}
         icmp type {{ {_ICMP_ERRORS} }} jump {_TO_QUEUE}
         icmpv6 type {{ {_ICMPV6_ERRORS} }} jump {_TO_QUEUE}

@@ -7,8 +7,9 @@ its place in the queue for ever. Its `run_socket`, though, takes packets of any 
 `_Reader` reads as much as a netlink attribute can hold from the library's own descriptor, and the kernel is told to
 copy as much. It also stops after a number of packets, so that a flood cannot keep the control socket waiting.
 
-What is left of the trap: an attribute carries 65531 bytes, so the last four bytes of the largest IPv4 packets and IPv6
-packets with more than 65491 bytes of payload cannot come. `handle` sees them cut, and the shell's policy applies.
+What is left of the trap: an attribute carries 65531 bytes, so the last bytes of the very largest packets cannot come.
+`handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted as oversized; TCP is
+kept from sending such segments by divert.py.
 """
 
 from __future__ import annotations
