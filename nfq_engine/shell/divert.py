@@ -27,8 +27,8 @@ import struct
 import subprocess
 from typing import Final
 
-# A queue message carries 65531 bytes of packet (queue.py), lo's are up to 65535: TCP is told to stay below that, with 60
-# bytes of IPv6 and TCP header. nft only ever lowers a segment size (net/netfilter/nft_exthdr.c).
+# A queue message carries 65531 bytes of packet (queue.py); packets on lo have up to 65535. TCP is told to stay below,
+# with 60 bytes of IPv6 and TCP header. nft only ever lowers a segment size (net/netfilter/nft_exthdr.c).
 _LARGEST_SEGMENT: Final = 65531 - 60
 
 TABLE: Final = "nfq_tproxy"

@@ -8,7 +8,7 @@ its place in the queue for ever. Its `run_socket`, though, takes packets of any 
 copy as much. It also stops after a number of packets, so that a flood cannot keep the control socket waiting.
 
 What is left of the trap: an attribute carries 65531 bytes, so the last bytes of the very largest packets cannot come.
-`handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted as oversized; TCP is
+`handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted: oversized. TCP is
 kept from sending such segments by divert.py.
 """
 
