@@ -1,0 +1,1 @@
+"""A testbed of network namespaces: labs built from a topology, with captures that are checked."""

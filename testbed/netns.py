@@ -1,0 +1,125 @@
+"""Network namespaces: make them, enter them, open things inside.
+
+Owns: the descriptor that keeps a namespace alive. A namespace made here has no name and no mount: it goes with the last
+descriptor and the last process in it, so a lab that is killed leaves none.
+
+setns(2) moves one thread. Whatever is done inside must not yield to other coroutines: enter, open, leave. Threads and
+processes started inside stay there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+_CLONE_NEWNET: Final = 0x40000000
+_OWN: Final = "/proc/thread-self/ns/net"  # /proc/self shows the main thread's
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+_Result = TypeVar("_Result")
+
+
+class Namespace:
+    """An open handle to a network namespace. Close it, or use it in a `with`."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Take over a descriptor of a namespace file."""
+        self._descriptor = descriptor
+
+    @classmethod
+    def new(cls) -> Self:
+        """Make a namespace; OSError(EPERM) without CAP_SYS_ADMIN."""
+        made: list[Self] = []
+        failed: list[OSError] = []
+
+        def make() -> None:
+            # In a thread of its own, which ends in the new namespace and so needs no way back.
+            try:
+                _check(_libc.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
+                made.append(cls.current())
+            except OSError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        if failed:
+            raise failed[0]
+        return made[0]
+
+    @classmethod
+    def current(cls) -> Self:
+        """The namespace of this thread."""
+        return cls.at(Path(_OWN))
+
+    @classmethod
+    def of_process(cls, pid: int) -> Self:
+        """The namespace of a process."""
+        return cls.at(Path(f"/proc/{pid}/ns/net"))
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """The namespace behind a file."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: equal for two handles of one namespace."""
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be in the namespace with this thread, and back where it was afterwards. Nothing may await inside."""
+        back = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check(_libc.setns(self._descriptor, _CLONE_NEWNET), "setns")
+            try:
+                yield
+            finally:
+                _check(_libc.setns(back, _CLONE_NEWNET), "setns back")
+        finally:
+            os.close(back)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A socket that belongs to the namespace, wherever it is used."""
+        with self.entered():
+            return socket.socket(family, kind, protocol)
+
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """Call a function inside."""
+        with self.entered():
+            return function()
+
+    def close(self) -> None:
+        """Give the handle up."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check(result: int, what: str) -> None:
+    """OSError when a libc call failed."""
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
