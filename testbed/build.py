@@ -1,0 +1,206 @@
+"""Building: the operations of a plan, done.
+
+Owns: the namespaces of a lab, and what a failed building leaves (nothing). Must not know what the lab
+is for.
+
+Messages are sent in batches, one netlink socket a namespace, and every acknowledgement is read: an error names the
+operation that the kernel refused. Undoing is closing: a namespace without descriptor or process takes its interfaces,
+addresses, routes and tables with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Final, assert_never
+
+from testbed import rtnetlink
+from testbed.netns import Namespace
+from testbed.plan import (
+    AddAddress,
+    AddRoute,
+    JoinBridge,
+    LoadRules,
+    MakeBridge,
+    MakeLink,
+    MakeNamespace,
+    Operation,
+    SetUp,
+    WaitReady,
+)
+
+_PATIENCE: Final = 10.0  # seconds until an interface must be up
+_RTMGRP_LINK: Final = 0x1
+_BRIDGE: Final = 9  # the index of br0; links begin at 10
+
+
+class BuildError(Exception):
+    """A lab could not be built; the message names the operation and what the kernel said."""
+
+
+@dataclass(slots=True)
+class Site:
+    """One node while it is there: its namespace, the netlink socket inside, the index of each interface."""
+
+    namespace: Namespace
+    netlink: socket.socket
+    indexes: dict[str, int] = field(default_factory=lambda: {"lo": 1})
+
+    def close(self) -> None:
+        """Let the kernel take everything back."""
+        self.netlink.close()
+        self.namespace.close()
+
+
+class Builder:
+    """Carries out plans. Close it, or use it in a `with`: that removes what it built."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+
+    def namespace(self, node: str) -> Namespace:
+        """The namespace of a node that was built."""
+        return self.sites[node].namespace
+
+    def build(self, operations: Iterable[Operation]) -> None:
+        """Carry out operations in order; BuildError, with nothing left of them, when one fails."""
+        try:
+            for node, group in groupby(operations, key=_place):
+                self._do(node, list(group))
+        except BuildError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise BuildError(f"the lab could not be built: {error}") from error
+
+    def close(self) -> None:
+        """Remove all namespaces, the last made first."""
+        for site in reversed(self.sites.values()):
+            site.close()
+        self.sites.clear()
+
+    def _do(self, node: str, operations: list[Operation]) -> None:
+        """Carry out what comes in a row for one node: netlink messages in one batch, the rest one by one."""
+        batch: list[tuple[Operation, rtnetlink.Request]] = []
+        for operation in operations:
+            match operation:
+                case MakeNamespace():
+                    self._make_namespace(operation)
+                case WaitReady():
+                    _wait_ready(node, self.sites[node])
+                case LoadRules():
+                    self._load_rules(operation)
+                case MakeBridge() | MakeLink() | JoinBridge() | AddAddress() | SetUp() | AddRoute():
+                    batch.append((operation, self._request(operation)))
+                case _:
+                    assert_never(operation)
+        if batch:
+            _send(self.sites[node].netlink, batch)
+
+    def _make_namespace(self, operation: MakeNamespace) -> None:
+        namespace = Namespace.new()
+        with namespace.entered():
+            netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            netlink.bind((0, 0))
+            self.sites[operation.node] = Site(namespace, netlink)
+            for key, value in operation.settings:
+                _set_sysctl(operation, key, value)
+
+    def _load_rules(self, operation: LoadRules) -> None:
+        with self.namespace(operation.node).entered():
+            result = subprocess.run(
+                ["nft", "-f", "-"], input=operation.text, text=True, capture_output=True, check=False
+            )
+        if result.returncode:
+            raise BuildError(f"nft refused the rules of {operation.node}: {result.stderr.strip()}")
+
+    def _request(self, operation: Operation) -> rtnetlink.Request:
+        """The netlink message of an operation."""
+        indexes = self.sites[_place(operation)].indexes
+        match operation:
+            case MakeBridge():
+                indexes["br0"] = _BRIDGE
+                return rtnetlink.bridge("br0", _BRIDGE)
+            case MakeLink():
+                return self._veth(operation)
+            case JoinBridge(_, interface):
+                return rtnetlink.join(indexes[interface], indexes["br0"])
+            case AddAddress(_, interface, address):
+                return rtnetlink.address(indexes[interface], address)
+            case SetUp(_, interface):
+                return rtnetlink.up(indexes[interface])
+            case AddRoute(_, to, via):
+                return rtnetlink.route(to.version, to.network_address.packed, to.prefixlen, via.packed)
+            case _:
+                raise TypeError(f"{operation} is no matter of netlink")
+
+    def _veth(self, operation: MakeLink) -> rtnetlink.Request:
+        """A veth pair; indexes and MACs are ours, so that a lab looks the same each time."""
+        left, right, index = operation.left, operation.right, operation.index
+        self.sites[left.node].indexes[left.interface] = index
+        self.sites[right.node].indexes[right.interface] = index + 1
+        return rtnetlink.veth(
+            left.interface,
+            index,
+            left.mac or _mac(index),
+            right.interface,
+            index + 1,
+            right.mac or _mac(index + 1),
+            self.namespace(right.node).fileno(),
+            operation.mtu,
+        )
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _place(operation: Operation) -> str:
+    """The node in which an operation is done."""
+    return operation.left.node if isinstance(operation, MakeLink) else operation.node
+
+
+def _mac(index: int) -> str:
+    """A locally administered MAC address, made of an interface index."""
+    return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
+
+
+def _set_sysctl(operation: Operation, key: str, value: str) -> None:
+    """Set a sysctl of the namespace that this thread is in."""
+    try:
+        Path("/proc/sys", *key.split(".")).write_text(value)
+    except OSError as error:
+        raise BuildError(f"{key} = {value} in {_place(operation)}: {error.strerror}") from error
+
+
+def _send(netlink: socket.socket, batch: list[tuple[Operation, rtnetlink.Request]]) -> None:
+    """Send messages; BuildError names the operations that were refused."""
+    refused = list(rtnetlink.send(netlink, [request for _, request in batch]))
+    if refused:
+        raise BuildError("\n".join(f"the kernel refused {batch[at][0]}: {os.strerror(code)}" for at, code in refused))
+
+
+def _wait_ready(node: str, site: Site) -> None:
+    """Wait until every interface is operational and no IPv6 address tentative; woken by the kernel's link news."""
+    deadline = time.monotonic() + _PATIENCE
+    with site.namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as news:
+        news.bind((0, _RTMGRP_LINK))
+        news.setblocking(False)
+        while unready := rtnetlink.unready(site.netlink):
+            if time.monotonic() > deadline:
+                raise BuildError(f"{node} is not ready after {_PATIENCE:.0f} s: {', '.join(unready)}")
+            select.select([news], [], [], 0.002)  # an address that becomes usable makes no such news: look again soon
+            with contextlib.suppress(BlockingIOError):
+                while news.recv(1 << 16):
+                    pass

@@ -1,0 +1,184 @@
+"""Labs: a topology, alive, from the first namespace to the last undo.
+
+Owns: the order of things. Leftovers of killed labs go first; then namespaces and links; then captures, so that they see
+the first packet; then engines; then services. Everything is undone in reverse, and every failure of that is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from testbed.build import Builder
+from testbed.capture import CapturePoint, CaptureSession
+from testbed.netns import Namespace
+from testbed.plan import plan
+from testbed.process import MARK, Program, ServiceError, owner_mark, sweep
+from testbed.topology import Address, Node, Readiness, Service, Topology
+
+_COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
+
+_Result = TypeVar("_Result")
+
+
+class LabError(Exception):
+    """A lab did not work as it should; one line a failure."""
+
+
+class NodeHandle:
+    """A node of a running lab."""
+
+    def __init__(self, lab: Lab, node: Node, namespace: Namespace) -> None:
+        self.node = node
+        self.namespace = namespace
+        self._lab = lab
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name
+
+    @property
+    def addresses(self) -> list[Address]:
+        """The addresses of its interfaces, in order."""
+        return [address for end in self._lab.topology.ends_of(self.name) for address in end.addresses]
+
+    def address(self, version: int = 4, interface: str | None = None) -> str:
+        """Its first address of a family, of one interface or of any; LookupError when it has none."""
+        for end in self._lab.topology.ends_of(self.name):
+            for address in end.addresses:
+                if address.version == version and interface in (None, end.interface):
+                    return str(address.ip)
+        raise LookupError(f"{self.name} has no IPv{version} address{f' on {interface}' if interface else ''}")
+
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """Call a function with this thread inside the namespace."""
+        return self.namespace.call(function)
+
+    def run(
+        self, command: Sequence[str], *, check: bool = True, timeout: float = _COMMAND_PATIENCE
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; LabError, with what it wrote, when it fails and `check` is set, or takes too long."""
+        variables = {**os.environ, MARK: owner_mark()}
+        try:
+            with self.namespace.entered():
+                running = subprocess.Popen(
+                    list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+                )
+            with running:
+                try:
+                    output, errors = running.communicate(timeout=timeout)
+                except BaseException:
+                    running.kill()
+                    raise
+        except OSError as error:
+            raise LabError(f"{self.name}: cannot run {command[0]!r}: {error.strerror}") from error
+        except subprocess.TimeoutExpired as error:
+            raise LabError(f"{self.name}: {' '.join(command)} took longer than {timeout:g} s") from error
+        if check and running.returncode:
+            raise LabError(f"{self.name}: {' '.join(command)} failed ({running.returncode}): {errors or output}")
+        return subprocess.CompletedProcess(list(command), running.returncode, output, errors)
+
+    def start(self, name: str, command: Sequence[str], ready: Readiness | None = None) -> Program:
+        """Start a program that runs until the lab ends, or `stop`."""
+        return self._lab.start(self.name, Service(name, tuple(command), ready or Readiness()))
+
+
+class Lab:
+    """A lab, as a context manager: inside the `with` everything runs."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        directory: Path | None = None,
+        *,
+        capture: bool = True,
+        engine_options: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """A lab that keeps its logs and captures in `directory`, or in a temporary one that goes with it.
+
+        `engine_options`: further options of tproxyd, by node, beside those of the topology.
+        """
+        self.topology = topology
+        self.capture: CaptureSession | None = None
+        self.programs: dict[tuple[str, str], Program] = {}
+        self._wants_capture = capture
+        self._engine_options = engine_options or {}
+        self._builder = Builder()
+        self._undo = contextlib.ExitStack()
+        self._keeps = directory is not None
+        self.directory = directory if directory is not None else Path(tempfile.mkdtemp(prefix="testbed-"))
+
+    def __enter__(self) -> Self:
+        sweep()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._keeps:
+            self._undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        try:
+            self._undo.callback(self._builder.close)
+            self._builder.build(plan(self.topology))
+            if self._wants_capture:
+                self._start_capture()
+            for node in self.topology.nodes:
+                self._start_engine(node)
+            for node in self.topology.nodes:
+                for service in node.services:
+                    self.start(node.name, service)
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        died = [program for program in self.programs.values() if program.returncode not in (None, 0)]
+        complaints = [f"{program.label} had ended with {program.returncode}{program.tail()}" for program in died]
+        self._undo.close()
+        if complaints and error is None:
+            raise LabError("\n".join(complaints))
+
+    def __getitem__(self, name: str) -> NodeHandle:
+        return NodeHandle(self, self.topology.node(name), self._builder.namespace(name))
+
+    def start(self, node: str, service: Service) -> Program:
+        """Start a service in a node."""
+        key = (node, service.name)
+        if key in self.programs and self.programs[key].returncode is None:
+            raise ServiceError(f"{node}/{service.name} runs already")
+        log = self.directory / f"{node}.{service.name}.log"
+        namespace = self._builder.namespace(node)
+        program = Program.start(f"{node}/{service.name}", service.command, namespace, log, service.ready)
+        self.programs[key] = program
+        self._undo.callback(program.stop)
+        return program
+
+    def _start_capture(self) -> None:
+        points = [
+            CapturePoint(end.node, end.interface, self._builder.namespace(end.node))
+            for node in self.topology.nodes
+            for end in self.topology.ends_of(node.name)
+        ]
+        self.capture = CaptureSession(points, self.directory)
+        self.capture.start()
+        self._undo.callback(self.capture.stop)
+
+    def _start_engine(self, node: Node) -> None:
+        """Start a node's engine with its ruleset in a file, as a user would."""
+        spec = node.engine
+        if spec is None:
+            return
+        rules = self.directory / f"{node.name}.rules"
+        rules.write_text(
+            "\n".join(["*tproxy", ":PREROUTING ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]", *spec.rules, "COMMIT", ""])
+        )
+        command = ("tproxyd", "--datapath", spec.datapath, "--ruleset", str(rules), "--notify-fd", "{notify_fd}")
+        options = (*spec.options, *self._engine_options.get(node.name, ()))
+        self.start(node.name, Service("tproxyd", (*command, *options), Readiness(notify=True)))
