@@ -65,7 +65,7 @@ class NodeHandle:
     def run(
         self, command: Sequence[str], *, check: bool = True, timeout: float = _COMMAND_PATIENCE
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; LabError, with what it wrote, when it fails and `check` is set, or takes too long."""
+        """Run a command to its end; LabError, with what it wrote, when it fails (and `check`) or takes too long."""
         variables = {**os.environ, MARK: owner_mark()}
         try:
             with self.namespace.entered():
@@ -176,9 +176,8 @@ class Lab:
         if spec is None:
             return
         rules = self.directory / f"{node.name}.rules"
-        rules.write_text(
-            "\n".join(["*tproxy", ":PREROUTING ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]", *spec.rules, "COMMIT", ""])
-        )
+        chains = (":PREROUTING ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]")
+        rules.write_text("\n".join(["*tproxy", *chains, *spec.rules, "COMMIT", ""]))
         command = ("tproxyd", "--datapath", spec.datapath, "--ruleset", str(rules), "--notify-fd", "{notify_fd}")
         options = (*spec.options, *self._engine_options.get(node.name, ()))
         self.start(node.name, Service("tproxyd", (*command, *options), Readiness(notify=True)))

@@ -1,6 +1,6 @@
 """Programs in nodes: started, ready when they say so, logged, and never left behind.
 
-Owns: the processes of a lab. A program is a child of the lab and is killed by the kernel when the thread that started it
+Owns: the processes of a lab. A program is a child of the lab, and the kernel kills it when the thread that started it
 ends (PR_SET_PDEATHSIG); its own children are known by a mark in their environment, and the next lab that starts kills
 those whose owner is gone (`sweep`). Must not know topologies.
 """
