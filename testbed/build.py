@@ -10,14 +10,18 @@ addresses, routes and tables with it.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import select
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Final, assert_never
@@ -34,9 +38,12 @@ from testbed.plan import (
     MakeNamespace,
     Operation,
     SetUp,
+    StopOffload,
     WaitReady,
 )
 
+_SIOCETHTOOL: Final = 0x8946
+_ETHTOOL_STXCSUM: Final = 0x17  # linux/ethtool.h
 _PATIENCE: Final = 10.0  # seconds until an interface must be up
 _RTMGRP_LINK: Final = 0x1
 _BRIDGE: Final = 9  # the index of br0; links begin at 10
@@ -95,6 +102,8 @@ class Builder:
             match operation:
                 case MakeNamespace():
                     self._make_namespace(operation)
+                case StopOffload(_, interface):
+                    self.namespace(node).call(partial(_stop_offload, interface))
                 case WaitReady():
                     _wait_ready(node, self.sites[node])
                 case LoadRules():
@@ -174,6 +183,15 @@ def _place(operation: Operation) -> str:
 def _mac(index: int) -> str:
     """A locally administered MAC address, made of an interface index."""
     return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
+
+
+def _stop_offload(interface: str) -> None:
+    """Switch transmit checksumming off in this thread's namespace; segmentation offload goes with it (ethtool(8))."""
+    value = array.array("I", (_ETHTOOL_STXCSUM, 0))
+    address, _ = value.buffer_info()
+    request = struct.pack("16sP16x", interface.encode(), address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCETHTOOL, request)
 
 
 def _set_sysctl(operation: Operation, key: str, value: str) -> None:

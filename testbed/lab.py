@@ -100,6 +100,7 @@ class Lab:
         directory: Path | None = None,
         *,
         capture: bool = True,
+        programs: bool = True,
         engine_options: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """A lab that keeps its logs and captures in `directory`, or in a temporary one that goes with it.
@@ -110,6 +111,7 @@ class Lab:
         self.capture: CaptureSession | None = None
         self.programs: dict[tuple[str, str], Program] = {}
         self._wants_capture = capture
+        self._wants_programs = programs
         self._engine_options = engine_options or {}
         self._builder = Builder()
         self._undo = contextlib.ExitStack()
@@ -126,11 +128,8 @@ class Lab:
             self._builder.build(plan(self.topology))
             if self._wants_capture:
                 self._start_capture()
-            for node in self.topology.nodes:
-                self._start_engine(node)
-            for node in self.topology.nodes:
-                for service in node.services:
-                    self.start(node.name, service)
+            if self._wants_programs:
+                self.start_programs()
         except BaseException:
             self._undo.close()
             raise
@@ -159,6 +158,14 @@ class Lab:
         self.programs[key] = program
         self._undo.callback(program.stop)
         return program
+
+    def start_programs(self) -> None:
+        """Start the engines, then the services: done on entering, unless the lab was made with `programs=False`."""
+        for node in self.topology.nodes:
+            self._start_engine(node)
+        for node in self.topology.nodes:
+            for service in node.services:
+                self.start(node.name, service)
 
     def _start_capture(self) -> None:
         points = [

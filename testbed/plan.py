@@ -54,6 +54,14 @@ class MakeLink:
 
 
 @dataclass(frozen=True, slots=True)
+class StopOffload:
+    """Have an interface send only what a wire would carry: whole checksums, one segment a packet."""
+
+    node: str
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
 class JoinBridge:
     """Make an interface a port of its node's bridge."""
 
@@ -102,7 +110,18 @@ class LoadRules:
     text: str
 
 
-Operation = MakeNamespace | MakeBridge | MakeLink | JoinBridge | AddAddress | SetUp | AddRoute | WaitReady | LoadRules
+Operation = (
+    MakeNamespace
+    | MakeBridge
+    | MakeLink
+    | StopOffload
+    | JoinBridge
+    | AddAddress
+    | SetUp
+    | AddRoute
+    | WaitReady
+    | LoadRules
+)
 
 
 def plan(topology: Topology) -> list[Operation]:
@@ -127,6 +146,8 @@ def _configuration(topology: Topology, name: str) -> list[Operation]:
     node = topology.node(name)
     ends = topology.ends_of(name)
     operations: list[Operation] = []
+    if not topology.offload:
+        operations += [StopOffload(name, end.interface) for end in ends]
     if node.kind is Kind.BRIDGE:
         operations += [JoinBridge(name, end.interface) for end in ends]
         operations.append(SetUp(name, "br0"))

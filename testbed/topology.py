@@ -7,7 +7,7 @@ file becomes a topology in topology_file.py, a topology becomes operations in pl
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -104,7 +104,10 @@ class Topology:
 
     name: str
     nodes: tuple[Node, ...]
-    links: tuple[Link, ...] = field(default=())
+    links: tuple[Link, ...] = ()
+    # Whether interfaces may pass on what is no packet on any wire: segments joined to 64 KB, checksums left half done.
+    # Without, captures show what a network would carry; with, throughput is a multiple.
+    offload: bool = False
 
     def node(self, name: str) -> Node:
         """A node by name; KeyError when there is none."""

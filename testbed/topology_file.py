@@ -143,6 +143,7 @@ def _topology(document: Mapping[str, Any]) -> Topology:
         name=document["name"],
         nodes=tuple(_node(name, value or {}) for name, value in document["nodes"].items()),
         links=tuple(_link(number, link, used) for number, link in enumerate(links)),
+        offload=document.get("offload", False),
     )
 
 
