@@ -23,6 +23,7 @@ from typing import Final
 from testbed import kernel_probe
 
 PROJECT: Final = "nfq-tproxy-testbed"
+ADMIN_FOLDERS: Final = "/usr/sbin:/sbin"
 PACKAGES_FILE: Final = Path(__file__).with_name("packages.txt")
 
 
@@ -95,13 +96,14 @@ def _commands(packages: tuple[SystemPackage, ...]) -> Iterator[Capability]:
         kind, _, command = entry.probe.partition(":")
         if kind == "command" and entry.when != "build":
             is_required = entry.when == "required"
+            is_off_path = shutil.which(command, path=ADMIN_FOLDERS) is not None
             yield Capability(
                 name=command,
                 present=shutil.which(command) is not None,
                 required=is_required,
                 needed_for=entry.needed_for,
                 detail="not on PATH",
-                remedy=f"apt install {entry.package}",
+                remedy=f"add {ADMIN_FOLDERS} to PATH" if is_off_path else f"apt install {entry.package}",
                 cost="no lab" if is_required else f"no {entry.needed_for}",
             )
 

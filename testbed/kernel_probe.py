@@ -171,6 +171,13 @@ def _hear_of_closed_sockets() -> None:
             listener.recv(65536)
 
 
+def _map_other_users() -> None:
+    nobody = 65534
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text("ascii").splitlines()]
+    if not any(first <= nobody < first + count for first, _, count in ranges):
+        raise OSError("this user namespace has no other user")
+
+
 def _offer_seccomp_notification() -> None:
     if "user_notif" not in Path("/proc/sys/kernel/seccomp/actions_avail").read_text(encoding="ascii").split():
         raise OSError("no action user_notif")
@@ -329,5 +336,13 @@ FEATURES: Final = (
         remedy="CONFIG_NET_SCH_NETEM; on Ubuntu: apt install linux-modules-extra-$(uname -r)",
         cost="no impairments by the kernel",
         trial=_make_netem,
+    ),
+    Feature(
+        name="other-users",
+        required=False,
+        needed_for="programs of unprivileged users in a lab",
+        remedy="run as root, not by scripts/rootless",
+        cost="tests with such programs are skipped",
+        trial=_map_other_users,
     ),
 )

@@ -122,8 +122,9 @@ fingerprint() {
 is_current() { [[ -f .venv/stamp-$1 && $(<".venv/stamp-$1") == "$(fingerprint "$1")" ]]; }
 stamp() { fingerprint "$1" >".venv/stamp-$1"; }
 
+# Twice quiet: errors only. Warnings tell of the machine's own pip settings, and none of them is for us to mend.
 pip_install() {
-    "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --progress-bar=off "$@" ||
+    "$VENV_PYTHON" -m pip install --quiet --quiet --no-input --disable-pip-version-check --progress-bar=off "$@" ||
         die 'pip failed: .venv is not complete; the next run begins it anew'
 }
 
@@ -140,7 +141,8 @@ build_venv() {
 
 install_project() {
     pip_install --no-deps --no-build-isolation --editable .
-    "$VENV_PYTHON" -m pip check >&2 || die 'the lock files are older than pyproject.toml: run scripts/lib/lock.sh'
+    local conflicts
+    conflicts=$("$VENV_PYTHON" -m pip check) || die "$conflicts"$'\n''the lock files are older than pyproject.toml: run scripts/lib/lock.sh'
     stamp project
 }
 

@@ -1,0 +1,126 @@
+"""The probe against what the machine's own commands say, and what it leaves; and a user namespace of one's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from testbed import kernel_probe
+from testbed.capabilities import Capabilities
+
+pytestmark = pytest.mark.lab
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOTLESS = str(ROOT / "scripts/rootless")
+WITHOUT_PRIVILEGE = ["setpriv", "--bounding-set=-net_admin,-sys_admin"]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "TERM": "dumb", **environment}
+    return subprocess.run(
+        command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+CHAIN = "add table ip x; add chain ip x y { type filter hook prerouting priority -300; }; add rule ip x y"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        pytest.param("veth", "ip link add name x type veth", id="veth"),
+        pytest.param("nftables", "nft add table ip x", id="nftables"),
+        pytest.param("nft-ct", f"nft '{CHAIN} ct state new accept'", id="nft-ct"),
+        pytest.param("nft-queue", f"nft '{CHAIN} queue num 0'", id="nft-queue"),
+        pytest.param("xt-nfqueue", "iptables-nft -t raw -A PREROUTING -j NFQUEUE --queue-num 0", id="xt-nfqueue"),
+        pytest.param("ctnetlink", "conntrack -L", id="ctnetlink"),
+        pytest.param("netem", "tc qdisc add dev lo root netem delay 1ms", id="netem"),
+        pytest.param(
+            "seccomp-notify", "grep -qw user_notif /proc/sys/kernel/seccomp/actions_avail", id="seccomp-notify"
+        ),
+    ],
+)
+def test_the_probe_finds_what_the_command_finds(capabilities: Capabilities, name: str, command: str) -> None:
+    outcome = run("unshare", "--net", "sh", "-c", command)
+    assert capabilities.has(name) == (outcome.returncode == 0), outcome.stderr
+
+
+def test_every_feature_was_tried_once(capabilities: Capabilities) -> None:
+    names = [capability.name for capability in capabilities]
+    assert len(set(names)) == len(names)
+    assert {feature.name for feature in kernel_probe.FEATURES} <= set(names)
+
+
+def test_the_probe_is_fast_and_leaves_nothing() -> None:
+    def state() -> tuple[object, ...]:
+        interfaces = run("ip", "-oneline", "link").stdout
+        rules = run("nft", "list", "ruleset").stdout
+        here = Path("/proc/thread-self/ns/net").readlink()
+        return sorted(Path("/proc/self/fd").iterdir()), threading.active_count(), here, interfaces, rules
+
+    before = state()
+    begun = time.perf_counter()
+    kernel_probe.try_all()
+    taken = time.perf_counter() - begun
+
+    assert state() == before
+    assert taken < 0.3
+
+
+def test_without_privilege_the_probe_says_so_and_fails() -> None:
+    outcome = run(*WITHOUT_PRIVILEGE, sys.executable, "-m", "testbed.capabilities", COLUMNS="300")
+    assert outcome.returncode == 1
+    assert "CAP_NET_ADMIN is not held" in outcome.stdout
+    assert "netem" not in outcome.stdout  # it could not be tried, so nothing is claimed about it
+
+
+def test_a_lab_test_without_privilege_is_skipped_with_the_reason() -> None:
+    this = f"{Path(__file__).relative_to(ROOT)}::test_every_feature_was_tried_once"
+    outcome = run(*WITHOUT_PRIVILEGE, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", this)
+    assert outcome.returncode == 0
+    assert "no lab here, missing root (CAP_NET_ADMIN is not held)" in outcome.stdout
+    assert outcome.stdout.splitlines()[-1].strip("= ").startswith("1 skipped")
+
+
+# ---- scripts/rootless ----
+
+
+def test_rootless_gives_a_root_and_a_network_of_ones_own() -> None:
+    here = str(Path("/proc/thread-self/ns/net").readlink())
+    script = (
+        "id -u; readlink /proc/self/ns/net; ls -A /run | wc -l; ip -brief link; nft add table ip mine && touch /run/x"
+    )
+
+    outcome = run(ROOTLESS, "sh", "-c", script)
+
+    assert outcome.returncode == 0, outcome.stderr
+    user, namespace, entries, *links = outcome.stdout.splitlines()
+    assert (user, entries, len(links)) == ("0", "0", 1)
+    assert namespace != here
+    assert links[0].startswith("lo ")
+    assert "LOWER_UP" in links[0]
+    assert "table ip mine" not in run("nft", "list", "tables").stdout
+
+
+def test_rootless_passes_arguments_and_the_exit_code_on() -> None:
+    outcome = run(ROOTLESS, "sh", "-c", 'echo "$1"; exit 7', "sh", "two  words")
+    assert (outcome.returncode, outcome.stdout) == (7, "two  words\n")
+
+
+def test_rootless_has_all_that_a_lab_requires() -> None:
+    outcome = run(ROOTLESS, sys.executable, "-m", "testbed.capabilities")
+    assert outcome.returncode == 0, outcome.stdout
+    assert "other-users" in outcome.stdout
+
+
+def test_rootless_names_the_setting_that_forbids_it() -> None:
+    forbid = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
+    outcome = run("unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh", ROOTLESS, "true")
+    assert outcome.returncode == 1
+    assert "sysctl -w user.max_user_namespaces=" in outcome.stderr
