@@ -38,10 +38,10 @@ class ServiceError(Exception):
 
 def owner_mark() -> str:
     """This process as an owner: pid and start time, since pids come back."""
-    return f"{os.getpid()}:{_start_time(os.getpid())}"
+    return f"{os.getpid()}:{start_time(os.getpid())}"
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When a process started, in ticks since boot (proc(5), field 22); None when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -206,7 +206,7 @@ def sweep() -> list[int]:
         except OSError:
             continue
         match = re.search(rb"(?:^|\0)" + MARK.encode() + rb"=(\d+):(\d+)(?:\0|$)", environment)
-        if match is None or _start_time(int(match[1])) == match[2].decode():
+        if match is None or start_time(int(match[1])) == match[2].decode():
             continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(int(directory.name), signal.SIGKILL)

@@ -1,0 +1,184 @@
+"""testbed: labs from the command line.
+
+Owns: arguments, what is printed, exit codes. What a lab is and does is lab.py's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from testbed import registry
+from testbed.build import BuildError
+from testbed.capture import CaptureError
+from testbed.lab import Lab, LabError
+from testbed.plan import plan
+from testbed.process import ServiceError, sweep
+from testbed.registry import Record, RegistryError
+from testbed.topology import Topology
+from testbed.topology_file import TopologyError, load
+
+_TROUBLE: Final = (TopologyError, BuildError, CaptureError, LabError, ServiceError, RegistryError, OSError)
+
+_EPILOG: Final = """\b
+Examples:
+  testbed validate topologies/transparent-proxy.yaml
+  testbed up topologies/transparent-proxy.yaml
+  testbed exec client -- python -m testbed.traffic fetch http://10.0.1.2/
+  testbed exec gateway -- tproxyctl connections
+  testbed shell gateway
+  testbed down transparent-proxy
+  testbed run topologies/transparent-proxy.yaml --in client -- python -m testbed.traffic fetch http://10.0.1.2/
+\b
+Exit codes: 0 done; 1 the lab or the file is not as it should be; 2 wrong usage;
+exec, shell and run end with the command's own."""
+
+_file: Final = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+_lab: Final = click.option("--lab", help="Which lab, when several run.")
+_as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_command: Final = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+_logs: Final = click.option(
+    "--directory", type=click.Path(path_type=Path, file_okay=False), help="For logs and captures; a new one by default."
+)
+
+
+class _Commands(click.Group):
+    """Commands whose expected troubles are told in their own words, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except _TROUBLE as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, epilog=_EPILOG)
+def main() -> None:
+    """Labs of network namespaces, built from topology files."""
+
+
+@main.command()
+@_file
+def validate(file: Path) -> None:
+    """Check a topology file; every problem is told, with line and column."""
+    topology = load(file)
+    click.echo(f"{file}: {topology.name}: {len(topology.nodes)} nodes, {len(topology.links)} links")
+
+
+@main.command("plan")
+@_file
+def show_plan(file: Path) -> None:
+    """Print the operations that would build a lab, without building it."""
+    for operation in plan(load(file)):
+        click.echo(operation)
+
+
+@main.command()
+@_file
+@_logs
+@_as_json
+def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
+    """Build a lab and leave it running."""
+    topology = load(file)
+    sweep()
+    record = registry.up(topology, _directory(topology, directory))
+    if as_json:
+        click.echo(json.dumps(_as_values(record)))
+    else:
+        click.echo(f"{record.name} is up: {', '.join(record.nodes)}; logs and captures in {record.directory}")
+
+
+@main.command()
+@click.argument("name", required=False)
+def down(name: str | None) -> None:
+    """End a running lab: by name, or the only one."""
+    record = registry.find(name)
+    registry.down(record)
+    click.echo(f"{record.name} is down")
+
+
+@main.command("ls")
+@_as_json
+def list_labs(*, as_json: bool) -> None:
+    """List the running labs."""
+    records = registry.records()
+    if as_json:
+        click.echo(json.dumps([_as_values(record) for record in records], indent=2))
+        return
+    table = Table("lab", "nodes", "keeper", "logs and captures", box=None, pad_edge=False)
+    for record in records:
+        table.add_row(record.name, " ".join(record.nodes), str(record.pid), record.directory)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+@main.command("exec", context_settings={"ignore_unknown_options": True})
+@_lab
+@click.argument("node")
+@_command
+def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
+    """Run a command in a node of a running lab: testbed exec NODE -- COMMAND..."""
+    _become(registry.find(lab), node, command)
+
+
+@main.command()
+@_lab
+@click.argument("node")
+def shell(lab: str | None, node: str) -> None:
+    """Open a shell in a node of a running lab."""
+    _become(registry.find(lab), node, (os.environ.get("SHELL", "/bin/sh"),))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@_file
+@_logs
+@click.option("--in", "node", help="Run the command in this node instead of here.")
+@_command
+def run(file: Path, directory: Path | None, node: str | None, command: tuple[str, ...]) -> None:
+    """Build a lab, run a command while it lives, take it down: testbed run FILE [--in NODE] -- COMMAND..."""
+    topology = load(file)
+    if node is not None and node not in {known.name for known in topology.nodes}:
+        raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
+    logs = _directory(topology, directory)
+    click.echo(f"logs and captures: {logs}", err=True)
+    with Lab(topology, logs) as lab:
+        if node is None:
+            status = subprocess.run(command, check=False).returncode
+        else:
+            with lab[node].namespace.entered():
+                running = subprocess.Popen(command, env=_environment())
+            status = running.wait()
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
+    """Become a command inside a node."""
+    with record.namespace(node) as namespace, namespace.entered():
+        os.execvpe(command[0], command, _environment())
+
+
+def _environment() -> dict[str, str]:
+    """This environment, with this Python's own commands (tproxyctl for one) in the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path}
+
+
+def _directory(topology: Topology, directory: Path | None) -> Path:
+    return directory or Path(tempfile.mkdtemp(prefix=f"testbed-{topology.name}-"))
+
+
+def _as_values(record: Record) -> dict[str, object]:
+    return {"name": record.name, "nodes": list(record.nodes), "pid": record.pid, "directory": record.directory}
+
+
+if __name__ == "__main__":
+    main()

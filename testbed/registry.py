@@ -1,0 +1,179 @@
+"""Labs that outlive the command that started them: who keeps them, and how others find their namespaces.
+
+Owns: the keeper process of `testbed up` and its record. A lab's namespaces are the keeper's descriptors, so they end
+with it, however it ends; a record whose keeper is gone is removed by whoever meets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from testbed.lab import Lab
+from testbed.netns import Namespace
+from testbed.process import start_time
+from testbed.topology import Topology
+
+_PATIENCE: Final = 15.0  # seconds for a lab to end
+
+
+class RegistryError(Exception):
+    """There is no such lab, or there is one already; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A running lab: its keeper, and the descriptor that the keeper has for each node's namespace."""
+
+    name: str
+    pid: int
+    started: str
+    directory: str
+    nodes: dict[str, int]
+
+    @property
+    def is_alive(self) -> bool:
+        """Does its keeper still run? Pids come back, start times do not."""
+        return start_time(self.pid) == self.started
+
+    def namespace(self, node: str) -> Namespace:
+        """The namespace of a node."""
+        if node not in self.nodes:
+            raise RegistryError(f"the lab {self.name} has no node {node!r}, only {', '.join(self.nodes)}")
+        return Namespace.at(Path(f"/proc/{self.pid}/fd/{self.nodes[node]}"))
+
+
+def directory() -> Path:
+    """Where the records are: of this user only."""
+    parent = Path("/run") if os.geteuid() == 0 and os.access("/run", os.W_OK) else Path("/tmp")
+    path = parent / f"testbed-{os.geteuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.geteuid():
+        raise RegistryError(f"{path} belongs to somebody else")
+    return path
+
+
+def records() -> list[Record]:
+    """The labs that run; records of those that do not are removed."""
+    found = []
+    for path in sorted(directory().glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            record = Record(**json.loads(path.read_text()))
+            if record.is_alive:
+                found.append(record)
+                continue
+        path.unlink(missing_ok=True)
+    return found
+
+
+def find(name: str | None) -> Record:
+    """A lab by name, or the only one."""
+    running = records()
+    if name is None:
+        if len(running) == 1:
+            return running[0]
+        names = ", ".join(record.name for record in running)
+        raise RegistryError(f"which lab? running: {names}" if running else "no lab is running")
+    for record in running:
+        if record.name == name:
+            return record
+    raise RegistryError(f"no lab {name!r} is running")
+
+
+def up(topology: Topology, logs: Path) -> Record:
+    """Start a lab that runs until `down`; whatever keeps it from starting is told here."""
+    with _lock():
+        if any(record.name == topology.name for record in records()):
+            raise RegistryError(f"the lab {topology.name} runs already")
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(reading)
+            _keep(topology, logs, writing)
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            problem = told.read()
+        os.wait()
+        if problem:
+            raise RegistryError(problem)
+        return find(topology.name)
+
+
+def down(record: Record) -> None:
+    """End a lab and wait until its keeper is gone."""
+    os.kill(record.pid, signal.SIGTERM)
+    _wait_gone(record)
+    _path(record.name).unlink(missing_ok=True)
+
+
+def _wait_gone(record: Record) -> None:
+    """Wait for the end of a keeper (which is no child of ours)."""
+    try:
+        descriptor = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return
+    with contextlib.closing(os.fdopen(descriptor)) as ended:
+        if not select.select([ended], [], [], _PATIENCE)[0]:
+            raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not end")
+
+
+def _keep(topology: Topology, logs: Path, telling: int) -> None:
+    """The keeper: leave the command's session, build the lab, say so, wait for SIGTERM. Never returns."""
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    status = 1
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        _redirect(logs / "keeper.log")
+        with Lab(topology, logs) as lab:
+            nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
+            record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
+            _path(topology.name).write_text(json.dumps(asdict(record)))
+            os.close(telling)
+            telling = -1
+            signal.sigwait({signal.SIGTERM})
+        status = 0
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        if telling >= 0:
+            os.write(telling, message.encode())
+        else:
+            sys.stderr.write(f"{time.ctime()} {message}\n")
+            sys.stderr.flush()
+    finally:
+        _path(topology.name).unlink(missing_ok=True)
+        os._exit(status)
+
+
+def _redirect(log: Path) -> None:
+    """Standard input from nowhere, output to the keeper's log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for target, source in ((0, nothing), (1, output), (2, output)):
+        os.dup2(source, target)
+
+
+def _path(name: str) -> Path:
+    return directory() / f"{name}.json"
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    """One `up` at a time."""
+    descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
