@@ -1,17 +1,17 @@
 """Plans: what has to be done to build a topology, in order, as values that can be printed and compared.
 
-Owns: the order, the routes that follow from the topology, the settings that every namespace gets. Must not do anything:
-build.py does.
+Owns: the order, and the settings that every namespace gets. Must not do anything: build.py does.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from testbed.topology import Address, End, Kind, Topology
+from testbed.routes import Gateway, Network, routes
+from testbed.topology import Address, End, Kind, Node, Topology
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
@@ -91,8 +91,8 @@ class AddRoute:
     """Add a route."""
 
     node: str
-    to: ipaddress.IPv4Network | ipaddress.IPv6Network
-    via: ipaddress.IPv4Address | ipaddress.IPv6Address
+    to: Network
+    via: Gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +110,8 @@ class LoadRules:
     text: str
 
 
-Operation = (
-    MakeNamespace
-    | MakeBridge
-    | MakeLink
-    | StopOffload
-    | JoinBridge
-    | AddAddress
-    | SetUp
-    | AddRoute
-    | WaitReady
-    | LoadRules
-)
+NetlinkOperation = MakeBridge | MakeLink | JoinBridge | AddAddress | SetUp | AddRoute
+Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | LoadRules
 
 
 def plan(topology: Topology) -> list[Operation]:
@@ -134,16 +124,17 @@ def plan(topology: Topology) -> list[Operation]:
     operations += [
         MakeLink(link.left, link.right, link.mtu, 10 + 2 * number) for number, link in enumerate(topology.links)
     ]
+    ways = routes(topology)
     for node in topology.nodes:
-        operations += _configuration(topology, node.name)
+        operations += _configuration(topology, node, ways.get(node.name, ()))
     operations += [WaitReady(node.name) for node in topology.nodes]
     operations += [LoadRules(node.name, node.nft) for node in topology.nodes if node.nft]
     return operations
 
 
-def _configuration(topology: Topology, name: str) -> list[Operation]:
+def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network, Gateway]]) -> list[Operation]:
     """What is done inside one node."""
-    node = topology.node(name)
+    name = node.name
     ends = topology.ends_of(name)
     operations: list[Operation] = []
     if not topology.offload:
@@ -154,8 +145,7 @@ def _configuration(topology: Topology, name: str) -> list[Operation]:
     for end in ends:
         operations += [AddAddress(name, end.interface, address) for address in (*end.addresses, *_link_local(end))]
     operations += [SetUp(name, interface) for interface in ("lo", *(end.interface for end in ends))]
-    if node.kind is not Kind.BRIDGE:
-        operations += [AddRoute(name, to, via) for to, via in _routes(topology, name)]
+    operations += [AddRoute(name, to, via) for to, via in ways]
     return operations
 
 
@@ -164,70 +154,3 @@ def _link_local(end: End) -> list[Address]:
     ipv6 = [int(address.ip) for address in end.addresses if address.version == 6]
     lower_half = (1 << 64) - 1
     return [ipaddress.IPv6Interface((0xFE80 << 112 | ipv6[0] & lower_half, 64))] if ipv6 else []
-
-
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_Gateway = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def _routes(topology: Topology, name: str) -> list[tuple[_Network, _Gateway]]:
-    """A node's routes: those it was given, and for each family the shortest ways to all other subnets.
-
-    A host whose ways all begin at one gateway gets a default route. Given routes to the same prefix come first.
-    """
-    given: dict[_Network, _Gateway] = {route.to: route.via for route in topology.node(name).routes}
-    by_gateway = _ways(topology, name)
-    for version in (4, 6):
-        ways = {via: nets for via, nets in by_gateway.items() if via.version == version}
-        if topology.node(name).kind is Kind.HOST and len(ways) == 1:
-            (gateway,) = ways
-            given.setdefault(ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0"), gateway)
-            continue
-        for gateway, subnets in ways.items():
-            for subnet in ipaddress.collapse_addresses(sorted(subnets)):  # type: ignore[type-var]
-                given.setdefault(subnet, gateway)
-    return list(given.items())
-
-
-def _ways(topology: Topology, start: str) -> dict[_Gateway, set[_Network]]:
-    """The subnets that are not a node's own, by the gateway of the shortest way to them (breadth first)."""
-    segments = _segments(topology)
-    known: set[_Network] = {address.network for end in topology.ends_of(start) for address in end.addresses}
-    found: dict[_Gateway, set[_Network]] = {}
-    reached = {start}
-    queue: deque[tuple[str, dict[int, _Gateway]]] = deque([(start, {})])
-    while queue:
-        name, first_hop = queue.popleft()
-        for neighbour in _neighbours(segments, name):
-            if neighbour.node in reached or topology.node(neighbour.node).kind is not Kind.ROUTER:
-                continue
-            reached.add(neighbour.node)
-            hop = first_hop or {address.version: address.ip for address in neighbour.addresses}
-            queue.append((neighbour.node, hop))
-            for end in topology.ends_of(neighbour.node):
-                for address in end.addresses:
-                    if address.network not in known and address.version in hop:
-                        known.add(address.network)
-                        found.setdefault(hop[address.version], set()).add(address.network)
-    return found
-
-
-def _neighbours(segments: list[list[End]], name: str) -> list[End]:
-    """The ends of others that a node shares a segment with."""
-    shared = [segment for segment in segments if any(end.node == name for end in segment)]
-    return [end for segment in shared for end in segment if end.node != name]
-
-
-def _segments(topology: Topology) -> list[list[End]]:
-    """The ends that hear each other's frames: those of a link, and of all links that bridges join; bridges left out."""
-    bridges = {node.name for node in topology.nodes if node.kind is Kind.BRIDGE}
-    groups: list[list[End]] = []
-    for link in topology.links:
-        joined = [
-            group
-            for group in groups
-            if any(end.node == other.node and end.node in bridges for end in link.ends for other in group)
-        ]
-        merged = [*link.ends, *(end for group in joined for end in group)]
-        groups = [group for group in groups if group not in joined] + [merged]
-    return [[end for end in group if end.node not in bridges] for group in groups]
