@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final
 
 from testbed import rtnetlink
 from testbed.netns import Namespace
@@ -36,6 +36,7 @@ from testbed.plan import (
     MakeBridge,
     MakeLink,
     MakeNamespace,
+    NetlinkOperation,
     Operation,
     SetUp,
     StopOffload,
@@ -96,24 +97,28 @@ class Builder:
         self.sites.clear()
 
     def _do(self, node: str, operations: list[Operation]) -> None:
-        """Carry out what comes in a row for one node: netlink messages in one batch, the rest one by one."""
-        batch: list[tuple[Operation, rtnetlink.Request]] = []
-        for operation in operations:
-            match operation:
-                case MakeNamespace():
-                    self._make_namespace(operation)
-                case StopOffload(_, interface):
-                    self.namespace(node).call(partial(_stop_offload, interface))
-                case WaitReady():
-                    _wait_ready(node, self.sites[node])
-                case LoadRules():
-                    self._load_rules(operation)
-                case MakeBridge() | MakeLink() | JoinBridge() | AddAddress() | SetUp() | AddRoute():
-                    batch.append((operation, self._request(operation)))
-                case _:
-                    assert_never(operation)
-        if batch:
-            _send(self.sites[node].netlink, batch)
+        """Carry out what comes in a row for one node: netlink messages in batches, the rest one by one."""
+        for is_netlink, group in groupby(operations, key=lambda operation: isinstance(operation, NetlinkOperation)):
+            if is_netlink:
+                batch = [(operation, self._request(operation)) for operation in group]
+                _send(self.sites[node].netlink, batch)
+                continue
+            for operation in group:
+                self._do_by_hand(node, operation)
+
+    def _do_by_hand(self, node: str, operation: Operation) -> None:
+        """Carry out one operation that is no netlink message."""
+        match operation:
+            case MakeNamespace():
+                self._make_namespace(operation)
+            case StopOffload(_, interface):
+                self.namespace(node).call(partial(_stop_offload, interface))
+            case WaitReady():
+                _wait_ready(node, self.sites[node])
+            case LoadRules():
+                self._load_rules(operation)
+            case _:
+                raise TypeError(f"{operation} is a matter of netlink")
 
     def _make_namespace(self, operation: MakeNamespace) -> None:
         namespace = Namespace.new()
