@@ -37,6 +37,7 @@ set_up() {
 }
 
 make_current() {
+    [[ -w . && (! -e .venv || -w .venv) ]] || die "$PWD: .venv must be made anew, and $(id -un) may not write here"
     # Another run may have done it all between the two locks; each step looks again.
     provide_packages
     is_current packages || build_venv
@@ -92,7 +93,8 @@ provide_packages() {
         missing=$(missing_packages "${when[@]}")
         [[ -z $missing ]] && return
     fi
-    say 'missing on this machine:' "$(printf '\n%s' "$missing" | sed 's/|/: /; s/^\(.\)/  \1/')"
+    say 'missing on this machine:'
+    sed 's/|/: /; s/^/  /' <<<"$missing" >&2
     say "as root: apt install $(cut -d'|' -f1 <<<"$missing" | paste -sd' ')"
     is_current packages && when=(required) || when=(required build)
     [[ -z $(missing_packages "${when[@]}") ]] || die 'these are needed; nothing was built'
@@ -125,14 +127,15 @@ stamp() { fingerprint "$1" >".venv/stamp-$1"; }
 # Twice quiet: errors only. Warnings tell of the machine's own pip settings, and none of them is for us to mend.
 pip_install() {
     "$VENV_PYTHON" -m pip install --quiet --quiet --no-input --disable-pip-version-check --progress-bar=off "$@" ||
-        die 'pip failed: .venv is not complete; the next run begins it anew'
+        die 'pip failed (is there a network?): .venv is not complete; the next run begins it anew'
 }
 
 build_venv() {
     local python lock
     python=$(python_of_the_machine)
     say "making .venv with $("$python" --version) (about a minute)"
-    rm -rf .venv && "$python" -m venv .venv || die "$PWD: cannot make .venv here"
+    # The stamps first: what is left of a .venv whose removal was killed must not look whole.
+    rm -rf .venv/stamp-* .venv && "$python" -m venv .venv || die "$PWD: cannot make .venv here"
     for lock in "${LOCKS[@]}"; do
         pip_install --require-hashes --no-build-isolation -r "$lock"
     done
@@ -142,7 +145,8 @@ build_venv() {
 install_project() {
     pip_install --no-deps --no-build-isolation --editable .
     local conflicts
-    conflicts=$("$VENV_PYTHON" -m pip check) || die "$conflicts"$'\n''the lock files are older than pyproject.toml: run scripts/lib/lock.sh'
+    conflicts=$("$VENV_PYTHON" -m pip check) ||
+        die "$conflicts"$'\nthe lock files are older than pyproject.toml: run scripts/lib/lock.sh'
     stamp project
 }
 
