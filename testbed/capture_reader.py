@@ -1,0 +1,202 @@
+"""The threads that empty the rings of a capture.
+
+Owns: the way of a frame from a ring to memory and file. Its place: below capture.py, above packet_ring.py.
+
+    collect   one thread does nothing but take blocks from the rings: a full ring loses frames, a slow disk must not
+    order     the other looks into the blocks. The rings show theirs at different times, so frames are held back until
+              every ring has shown what is older: file and memory are in the order of time
+    release   into the file, then into memory, then to those who wait
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from queue import SimpleQueue
+from typing import Final
+
+from testbed.frames import Frame
+from testbed.packet_ring import RETIRE_MS, PacketRing, RingCounts, frames_in
+from testbed.pcapng import PcapngWriter
+
+# Twice the time after which a ring shows what it has.
+_HOLD_MS: Final = 2 * RETIRE_MS
+
+# Time, index of the tap, data, outgoing, half checksum. A tuple, since one is made for each frame.
+_Held = tuple[int, int, bytes, bool, bool]
+
+
+@dataclass(slots=True)
+class Tap:
+    """A point's ring, how many frames were taken from it, and those that were released."""
+
+    label: str
+    ring: PacketRing
+    frames: list[Frame] = field(default_factory=list)
+    taken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What the rings showed, each block with the index of its tap, when they were looked at from `began` on."""
+
+    began: int
+    blocks: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """Somebody wants all frames up to a moment; they are there when that many were taken from each tap."""
+
+    moment: int
+    amounts: tuple[int, ...]
+    is_done: bool = False
+
+
+class _End:
+    """No more rounds will come."""
+
+
+class CaptureReader:
+    """Reads the rings of all taps until it is finished. `frames` is all of them, oldest first, and only grows."""
+
+    def __init__(self, taps: Sequence[Tap], writer: PcapngWriter) -> None:
+        """Begin at once; the taps' order is that of the file's interfaces."""
+        self.frames: Final[list[Frame]] = []
+        self.failure: Exception | None = None
+        self._taps = taps
+        self._writer = writer
+        self._queue: SimpleQueue[_Round | _Request | _End] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._counting = threading.Lock()
+        self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        works = (self._collect, self._keep)
+        self._threads = [threading.Thread(target=self._guard, args=(work,), daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
+
+    def counts(self, tap: Tap) -> RingCounts:
+        """What came to a tap so far."""
+        with self._counting:
+            return tap.ring.counts()
+
+    def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait for a condition on the frames, or a failure; False when `timeout` seconds were not enough."""
+        with self._changed:
+            return self._changed.wait_for(lambda: condition() or self.failure is not None, timeout)
+
+    def settle(self, within: float) -> list[str]:
+        """Wait until all that reached a ring before this call is in `frames`; the labels of taps that are behind."""
+        # The moment first: what is counted after it may be younger, never the other way round.
+        moment = time.time_ns()
+        counts = [self.counts(tap) for tap in self._taps]
+        request = _Request(moment, tuple(count.arrived - count.dropped for count in counts))
+        self._queue.put(request)
+        if self.wait(lambda: request.is_done, within):
+            return []
+        return [tap.label for tap, amount in zip(self._taps, request.amounts, strict=True) if tap.taken < amount]
+
+    def finish(self) -> None:
+        """Release what was taken, write the statistics, end."""
+        os.eventfd_write(self._ending, 1)
+        for thread in self._threads:
+            thread.join()
+        os.close(self._ending)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Run a thread's work; when it fails, whatever it was, the other ends, and those who wait hear of it."""
+        try:
+            work()
+        except Exception as error:
+            self.failure = error
+            os.eventfd_write(self._ending, 1)
+            self._queue.put(_End())
+            with self._changed:
+                self._changed.notify_all()
+
+    def _collect(self) -> None:
+        """One thread: take blocks until it is told to end."""
+        indices = {tap.ring.fileno(): index for index, tap in enumerate(self._taps)}
+        poller = select.poll()
+        for descriptor in (self._ending, *indices):
+            poller.register(descriptor, select.POLLIN)
+        quiet = 2
+        while True:
+            began = time.time_ns()
+            # After the last block, look twice more: the second time nothing can be left that is as old as the block.
+            events = dict(poller.poll(_HOLD_MS if quiet < 2 else None))
+            if self._ending in events:
+                self._queue.put(_End())
+                return
+            blocks: list[tuple[int, bytes]] = []
+            for descriptor, event in events.items():
+                ring = self._taps[indices[descriptor]].ring
+                if event & select.POLLERR:
+                    ring.clear_error()
+                blocks += ((indices[descriptor], block) for block in ring.take())
+            quiet = 0 if blocks else quiet + 1
+            self._queue.put(_Round(began, tuple(blocks)))
+
+    def _keep(self) -> None:
+        """The other thread: blocks in, frames out."""
+        self._order()
+        for index, tap in enumerate(self._taps):
+            counts = self.counts(tap)
+            self._writer.add_statistics(index, time.time_ns(), counts.arrived, counts.dropped)
+        self._writer.flush()
+
+    def _order(self) -> None:
+        held: list[_Held] = []
+        requests: list[_Request] = []
+        complete = 0  # up to that moment all frames were taken
+        while True:
+            match self._queue.get():
+                case _Round(began, blocks):
+                    complete = began - _HOLD_MS * 1_000_000
+                    for index, block in blocks:
+                        self._look_into(index, block, held)
+                case _Request() as request:
+                    requests.append(request)
+                case _End():
+                    self._release(held, time.time_ns(), [])
+                    return
+            if self._queue.empty():
+                answered = [request for request in requests if self._is_complete(request)]
+                requests = [request for request in requests if request not in answered]
+                self._release(held, max(complete, *(request.moment for request in answered), 0), answered)
+
+    def _look_into(self, index: int, block: bytes, held: list[_Held]) -> None:
+        tap = self._taps[index]
+        skips_sent = tap.ring.is_loopback
+        count = 0
+        for time_ns, data, outgoing, half in frames_in(block):
+            count += 1
+            if not (outgoing and skips_sent):
+                held.append((time_ns, index, data, outgoing, half))
+        tap.taken += count
+
+    def _is_complete(self, request: _Request) -> bool:
+        return all(tap.taken >= amount for tap, amount in zip(self._taps, request.amounts, strict=True))
+
+    def _release(self, held: list[_Held], until: int, answered: Sequence[_Request]) -> None:
+        """Let go of what is not younger than `until`, and of those who waited for it."""
+        held.sort(key=itemgetter(0))
+        end = bisect_right(held, until, key=itemgetter(0))
+        for time_ns, index, data, outgoing, half in held[:end]:
+            tap = self._taps[index]
+            self._writer.add(index, time_ns, data, outgoing=outgoing, half_checksum=half)
+            frame = Frame(tap.label, time_ns, data, outgoing, half, len(self.frames) + 1)
+            self.frames.append(frame)
+            tap.frames.append(frame)
+        del held[:end]
+        self._writer.flush()
+        with self._changed:
+            for request in answered:
+                request.is_done = True
+            self._changed.notify_all()
