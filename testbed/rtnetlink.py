@@ -21,6 +21,8 @@ _RTMSG: Final = struct.Struct("=BBBBBBBBI")  # linux/rtnetlink.h, struct rtmsg
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE = 16, 18, 20, 22, 24
+_RTM_NEWNSID, _RTM_DELNSID, _RTM_GETNSID = 88, 89, 90
+_REQUEST: Final = 0x1
 _REQUEST_ACK: Final = 0x5
 _CREATE_EXCLUSIVE: Final = 0x600
 _CREATE_REPLACE: Final = 0x500
@@ -36,6 +38,9 @@ _IF_OPER_UP: Final = 6
 _IFA_F_TENTATIVE: Final = 0x40
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 4, 0, 1
 _LOOPBACK: Final = 1
+_NETNSA_NSID, _NETNSA_FD = 1, 3  # linux/net_namespace.h
+_RTGENMSG: Final = struct.pack("=Bxxx", socket.AF_UNSPEC)
+_ANY_ID: Final = struct.pack("=i", -1)
 
 _BATCH: Final = 128  # messages a send: their acknowledgements fit into the socket's buffer
 
@@ -93,6 +98,30 @@ def route(version: int, prefix: bytes, length: int, gateway: bytes) -> Request:
     header = (_family(version), length, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST, 0)
     body = _RTMSG.pack(*header) + _attribute(_RTA_DST, prefix) + _attribute(_RTA_GATEWAY, gateway)
     return Request(_RTM_NEWROUTE, _CREATE_REPLACE, body)
+
+
+def name_namespace(descriptor: int) -> Request:
+    """Give the namespace behind a descriptor an id in this one; EEXIST when it has one."""
+    body = _attribute(_NETNSA_NSID, _ANY_ID) + _attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    return Request(_RTM_NEWNSID, 0, _RTGENMSG + body)
+
+
+def namespace_id(netlink: socket.socket, descriptor: int) -> int:
+    """The id that the namespace behind a descriptor has in this one; -1 without one."""
+    body = _RTGENMSG + _attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    netlink.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETNSID, _REQUEST, 0, 0) + body)
+    ((_, _, answer),) = _messages(netlink.recv(1 << 16))
+    return _namespace_id(answer)
+
+
+def ended_namespaces(news: socket.socket) -> list[int]:
+    """The ids in the next piece of news from the group RTNLGRP_NSID whose namespaces are no more."""
+    return [_namespace_id(body) for kind, _, body in _messages(news.recv(1 << 16)) if kind == _RTM_DELNSID]
+
+
+def _namespace_id(body: bytes) -> int:
+    (number,) = struct.unpack("=i", _attributes(body[len(_RTGENMSG) :])[_NETNSA_NSID])
+    return int(number)
 
 
 def send(netlink: socket.socket, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:

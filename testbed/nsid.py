@@ -1,0 +1,67 @@
+"""When namespaces are gone: the kernel says so, and nothing else can know.
+
+Owns: the one way to see the end of a namespace that has no name. A namespace lives as long as a process, a descriptor,
+a mount or a socket holds it, and most of these are hidden. But one that was given an id in another namespace is
+announced there when the kernel takes it apart (rtnetlink, group RTNLGRP_NSID). The id goes with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Final, Self
+
+from testbed import rtnetlink
+from testbed.netns import Namespace
+
+_RTNLGRP_NSID: Final = 28
+_SOL_NETLINK: Final = 270
+_NETLINK_ADD_MEMBERSHIP: Final = 1
+
+
+class Watch:
+    """Sees namespaces end. Close it, or use it in a `with`."""
+
+    def __init__(self, namespaces: Mapping[str, Namespace]) -> None:
+        """Begin to watch; OSError(EPERM) where this thread's namespace is not ours to give ids in."""
+        self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        try:
+            self._news.bind((0, 0))
+            self._alive = {_identify(self._news, namespace): name for name, namespace in namespaces.items()}
+            self._news.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _RTNLGRP_NSID)
+        except OSError:
+            self._news.close()
+            raise
+
+    def remaining(self, within: float) -> list[str]:
+        """The names of those that are still there when all others have gone, or after `within` seconds."""
+        deadline = time.monotonic() + within
+        while self._alive and select.select([self._news], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            for ended in rtnetlink.ended_namespaces(self._news):
+                self._alive.pop(ended, None)
+        return list(self._alive.values())
+
+    def close(self) -> None:
+        """Look no more."""
+        self._news.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _identify(netlink: socket.socket, namespace: Namespace) -> int:
+    """The id of a namespace in this one, given to it now if it has none."""
+    for _, code in rtnetlink.send(netlink, [rtnetlink.name_namespace(namespace.fileno())]):
+        if code != errno.EEXIST:
+            raise OSError(code, f"no id for a namespace: {os.strerror(code)}")
+    return rtnetlink.namespace_id(netlink, namespace.fileno())
