@@ -25,8 +25,8 @@ UNDER_FILTER = """
 import sys
 from nfq_engine.shell.seccomp import TPROXY_OPTIONS
 from nfq_engine.shell.supervisor import SocketReply
-from nfq_engine.shell.supervisor_launch import run_program
-run_program(sys.argv[1:], TPROXY_OPTIONS, lambda: lambda call: SocketReply(0, call.value))
+from nfq_engine.shell.supervisor_launch import Supervision, run_program
+run_program(sys.argv[1:], Supervision(TPROXY_OPTIONS, lambda: lambda call: SocketReply(0, call.value)))
 """
 
 NOT_OURS = {"getppid": 400_000, "send": 50_000, "getsockopt": 200_000, "setsockopt": 200_000}

@@ -1,4 +1,4 @@
-"""The seccomp filter that hands a few socket options to a supervisor, and the kernel's calls around it.
+"""The seccomp filter that hands a few socket calls to a supervisor, and the kernel's interface around it.
 
 Owns: which system calls are handed over, the BPF program that says so, its installation, the notification descriptor.
 Must not know what the options mean or who answers (supervisor.py). Place in the path: none; programs come this way to
@@ -27,10 +27,10 @@ from enum import Enum, IntEnum, auto
 from struct import Struct
 from typing import Final
 
+from nfq_engine.core.option import IP_RECVORIGADDRS, IP_TPROXY
+
 SOL_IP: Final = 0
 SOL_IPV6: Final = 41
-IP_TPROXY: Final = 11274
-IP_RECVORIGADDRS: Final = 11273
 SO_ORIGINAL_DST: Final = 80  # the same number at both levels
 
 
@@ -68,22 +68,25 @@ class Architecture(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class CallTable:
-    """The numbers of one system call table that matter here.
+    """The numbers of one system call table that matter here; None: its programs do not get this.
 
     `socketcall`: i386 programs older than glibc 2.23 make every socket call through this one, the arguments in memory
     where no filter sees them; so all its getsockopt and setsockopt calls are handed over, and the supervisor lets go on
-    those that are not ours.
+    those that are not ours. `recvmsg` and `recvmmsg` are handed over only where a program is to receive datagrams with
+    their original addresses.
     """
 
     architecture: Architecture
     getsockopt: int
     setsockopt: int
     socketcall: int | None = None
+    recvmsg: int | None = None
+    recvmmsg: int | None = None
 
 
-_X86_64: Final = CallTable(Architecture.X86_64, getsockopt=55, setsockopt=54)
+_X86_64: Final = CallTable(Architecture.X86_64, getsockopt=55, setsockopt=54, recvmsg=47, recvmmsg=299)
 _I386: Final = CallTable(Architecture.I386, getsockopt=365, setsockopt=366, socketcall=102)
-_AARCH64: Final = CallTable(Architecture.AARCH64, getsockopt=209, setsockopt=208)
+_AARCH64: Final = CallTable(Architecture.AARCH64, getsockopt=209, setsockopt=208, recvmsg=212, recvmmsg=243)
 
 SOCKETCALLS: Final = {14: Direction.SET, 15: Direction.GET}  # linux/net.h
 
@@ -127,14 +130,19 @@ def argument_at(index: int) -> int:
     return 16 + 8 * index
 
 
-def filter_tree(options: Iterable[SocketOption], machine: str) -> Tree:
-    """The decision for each call of a program on this machine (`uname -m`); KeyError for one not in the table."""
+def filter_tree(options: Iterable[SocketOption], machine: str, *, has_receiver: bool = False) -> Tree:
+    """The decision for each call of a program on this machine (`uname -m`); KeyError for one not in the table.
+
+    `has_receiver`: recvmsg and recvmmsg are handed over too.
+    """
     options = frozenset(options)
     tables, _ = _MACHINES[machine]
-    return Switch(ARCHITECTURE_AT, tuple((table.architecture, _table_tree(options, table)) for table in tables))
+    return Switch(
+        ARCHITECTURE_AT, tuple((table.architecture, _table_tree(options, table, has_receiver)) for table in tables)
+    )
 
 
-def _table_tree(options: frozenset[SocketOption], table: CallTable) -> Tree:
+def _table_tree(options: frozenset[SocketOption], table: CallTable, has_receiver: bool) -> Tree:
     """The decision within one system call table."""
     cases: list[tuple[int, Tree]] = [
         (table.getsockopt, _option_tree(options, Direction.GET)),
@@ -142,6 +150,8 @@ def _table_tree(options: frozenset[SocketOption], table: CallTable) -> Tree:
     ]
     if table.socketcall is not None:
         cases.append((table.socketcall, Switch(argument_at(0), tuple((call, Action.NOTIFY) for call in SOCKETCALLS))))
+    if has_receiver:
+        cases += [(number, Action.NOTIFY) for number in (table.recvmsg, table.recvmmsg) if number is not None]
     return Switch(NUMBER_AT, tuple(cases))
 
 
@@ -198,7 +208,7 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def install_filter(options: Iterable[SocketOption]) -> int:
+def install_filter(options: Iterable[SocketOption], *, has_receiver: bool = False) -> int:
     """Put the filter on the calling thread, and with it on all it will start; it can never be taken off.
 
     Returns the notification descriptor (close-on-exec). A caller without CAP_SYS_ADMIN gives up, for all that it will
@@ -208,10 +218,11 @@ def install_filter(options: Iterable[SocketOption]) -> int:
     machine = platform.machine()
     if machine not in _MACHINES:
         raise SeccompError(f"no filter for machine {machine!r}; there is one for {', '.join(sorted(_MACHINES))}")
-    code = assemble(filter_tree(options, machine))
+    code = assemble(filter_tree(options, machine, has_receiver=has_receiver))
     program = _FilterProgram(len(code) // _INSTRUCTION.size, code)
     flags = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
-    for attempt in (flags | _FLAG_WAIT_KILLABLE, flags):
+    # A recvmsg may wait for ever, so signals must be able to end it: the flag would make it deaf to them.
+    for attempt in (flags,) if has_receiver else (flags | _FLAG_WAIT_KILLABLE, flags):
         listener = _seccomp(machine, attempt, program)
         if listener == -errno.EACCES:
             _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -293,9 +304,9 @@ class Listener:
         """Does the thread still wait for this answer? What was opened before, by its number, is then truly its own."""
         return self._ioctl(_IS_VALID, bytearray(_ID.pack(notification.id)))
 
-    def answer(self, notification: Notification, error: int) -> None:
-        """End the call: 0, or an errno. Nothing happens when nobody waits any more."""
-        self._ioctl(_SEND, bytearray(_RESPONSE.pack(notification.id, 0, -error, 0)))
+    def answer(self, notification: Notification, error: int, value: int = 0) -> bool:
+        """End the call with an errno, or, if that is 0, with a value; False when nobody waits for it any more."""
+        return self._ioctl(_SEND, bytearray(_RESPONSE.pack(notification.id, 0 if error else value, -error, 0)))
 
     def let_go_on(self, notification: Notification) -> None:
         """Let the kernel do the call as if there were no filter."""

@@ -29,10 +29,6 @@ _STATUS: Final = re.compile(rb"\nTgid:\t(\d+)\n.*\nUid:\t\d+\t(\d+)\t.*\nCapEff:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class BadAddressError(Exception):
-    """The program has no such memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who makes a call: process, effective user, and whether it has CAP_NET_ADMIN over the supervisor's network."""
@@ -105,7 +101,7 @@ class Caller:
         return take_descriptor(self._pidfd, number)
 
     def read(self, address: int, size: int, at_least: int | None = None) -> bytes:
-        """`size` bytes of the program's memory; BadAddressError when not even `at_least` (all, if None) are there."""
+        """`size` bytes of the program's memory; OSError (EFAULT) when not even `at_least` (all, if None) are there."""
         if not size:
             return b""
         try:
@@ -113,21 +109,23 @@ class Caller:
         except (OSError, OverflowError):
             data = b""
         if len(data) < (size if at_least is None else min(size, at_least)):
-            raise BadAddressError
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         return data
 
-    def write(self, address: int, data: bytes) -> None:
-        """Put bytes into the program's memory; BadAddressError when there is none.
+    def write(self, address: int, data: bytes | memoryview) -> None:
+        """Put bytes into the program's memory; OSError (EFAULT) when there is none.
 
         Memory that the program itself may only read is written all the same (a kernel would answer EFAULT):
         /proc/PID/mem is a debugger's door, and the only one that cannot lead to another process with the same number.
         """
+        if not data:
+            return
         try:
             written = os.pwrite(self._memory, data, address)
         except (OSError, OverflowError):
             written = -1
         if written < len(data):
-            raise BadAddressError
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
 def _identify(folder: str, administrators: frozenset[int]) -> Identity:

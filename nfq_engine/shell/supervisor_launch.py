@@ -21,13 +21,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from struct import Struct
 from typing import Final, NoReturn
 
 from nfq_engine.shell.seccomp import Listener, SocketOption, install_filter
 from nfq_engine.shell.supervisor import Handler, Supervisor
 from nfq_engine.shell.supervisor_caller import take_descriptor
+from nfq_engine.shell.supervisor_receive import Receiver
 
 _log = logging.getLogger(__name__)
 
@@ -43,22 +45,31 @@ class SupervisorError(Exception):
     """The supervisor did not come up; the text says why."""
 
 
-def run_program(
-    command: Sequence[str], options: Iterable[SocketOption], make_handler: Callable[[], Handler]
-) -> NoReturn:
-    """Become a program whose calls of these options are answered by a handler. Does not return.
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What a program's supervisor does: these options, and if there is a receiver, recvmsg for IP_RECVORIGADDRS.
 
-    `make_handler` is called in the supervisor, a process of its own, in the caller's network namespace, with all
-    descriptors closed and the standard streams at /dev/null: what it wants to log to, it opens. The caller must have
-    one thread only. Raises SeccompError or SupervisorError when no supervisor can be had, OSError when the program
-    cannot be executed; the caller then carries the filter and had best exit.
+    The functions that make handler and receiver are called in the supervisor, a process of its own, in the network
+    namespace of the caller, with all descriptors closed and the standard streams at /dev/null: what they want to log
+    to, they open.
     """
-    options = frozenset(options)
+
+    options: frozenset[SocketOption]
+    make_handler: Callable[[], Handler]
+    make_receiver: Callable[[], Receiver] | None = None
+
+
+def run_program(command: Sequence[str], supervision: Supervision) -> NoReturn:
+    """Become a program under a supervisor. Does not return.
+
+    The caller must have one thread only. Raises SeccompError or SupervisorError when no supervisor can be had, OSError
+    when the program cannot be executed; the caller then carries the filter and had best exit.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
-        _start_supervisor(theirs, options, make_handler)
+        _start_supervisor(theirs, supervision)
         theirs.close()
-        listener = install_filter(options)
+        listener = install_filter(supervision.options, has_receiver=supervision.make_receiver is not None)
         ours.send(_NUMBER.pack(listener))
         answer = ours.recv(_MESSAGE_SIZE)
         os.close(listener)
@@ -69,9 +80,7 @@ def run_program(
     os.execvp(command[0], list(command))
 
 
-def _start_supervisor(
-    link: socket.socket, options: frozenset[SocketOption], make_handler: Callable[[], Handler]
-) -> None:
+def _start_supervisor(link: socket.socket, supervision: Supervision) -> None:
     """Fork a grandchild in a session of its own; it never comes back from here."""
     program = os.getpid()
     child = os.fork()
@@ -81,21 +90,23 @@ def _start_supervisor(
     try:
         os.setsid()
         if os.fork() == 0:
-            _supervise(link, program, options, make_handler)
+            _supervise(link, program, supervision)
+    except BaseException:
+        _log.exception("the supervisor ends before its programs")
     finally:
         os._exit(0)
 
 
-def _supervise(
-    link: socket.socket, program: int, options: frozenset[SocketOption], make_handler: Callable[[], Handler]
-) -> None:
+def _supervise(link: socket.socket, program: int, supervision: Supervision) -> None:
     """The supervisor's life."""
     _detach(keep=link.fileno())
     message = link.recv(_MESSAGE_SIZE)
     if not message:  # the caller got no filter
         return
     try:
-        supervisor = Supervisor(_take_listener(program, *_NUMBER.unpack(message)), options, make_handler())
+        listener = _take_listener(program, *_NUMBER.unpack(message))
+        receiver = supervision.make_receiver and supervision.make_receiver()
+        supervisor = Supervisor(listener, supervision.options, supervision.make_handler(), receiver)
     except Exception as problem:
         link.send(f"{problem}"[:_MESSAGE_SIZE].encode())
         return

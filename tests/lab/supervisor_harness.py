@@ -2,7 +2,8 @@
 
 Settings: `record` (a file that gets a JSON line with the supervisor's pid, then one line a call), `rules` (the first
 that fits a call decides its reply; with none that fits it succeeds, a getsockopt with what was in the buffer),
-`original_dst` (trap SO_ORIGINAL_DST too), `uid` (become this user first), `refuse` (make no handler, for this reason).
+`original_dst` (trap SO_ORIGINAL_DST too), `original` (trap recvmsg too; the address and port that datagrams were sent
+to), `uid` (become this user first), `refuse` (make no handler, for this reason).
 
 A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `gate` (a FIFO: reply when someone writes);
 `fails` (raise instead).
@@ -11,13 +12,16 @@ A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `ga
 import ctypes
 import json
 import os
+import socket
 import sys
 from pathlib import Path
+from struct import pack, unpack_from
 from typing import Any
 
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
 from nfq_engine.shell.supervisor import Handler, SocketCall, SocketReply
-from nfq_engine.shell.supervisor_launch import SupervisorError, run_program
+from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
+from nfq_engine.shell.supervisor_receive import Datagram, Receiver
 
 PR_SET_DUMPABLE = 4
 
@@ -56,6 +60,19 @@ def make_handler(settings: dict[str, Any]) -> Handler:
     return handle
 
 
+def make_receiver(settings: dict[str, Any]) -> Receiver:
+    """Says that every datagram was on its way from its source to `original`; nothing of one from port `unknown`."""
+
+    def original_addresses(datagram: Datagram) -> bytes | None:
+        _, port, source = unpack_from("!2sH4s", datagram.source)
+        address, original_port = settings["original"]
+        if port == settings.get("unknown"):
+            return None
+        return pack("!4s4sHH", source, socket.inet_aton(address), port, original_port)
+
+    return original_addresses
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     if "uid" in settings:
@@ -63,7 +80,14 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # setuid made this process one that no other may look into
     options = TPROXY_OPTIONS | ORIGINAL_DST_OPTIONS if settings.get("original_dst") else TPROXY_OPTIONS
     try:
-        run_program(sys.argv[2:], options, lambda: make_handler(settings))
+        run_program(
+            sys.argv[2:],
+            Supervision(
+                options,
+                make_handler=lambda: make_handler(settings),
+                make_receiver=(lambda: make_receiver(settings)) if "original" in settings else None,
+            ),
+        )
     except (SeccompError, SupervisorError, OSError) as problem:
         sys.exit(f"cannot run: {problem}")
 

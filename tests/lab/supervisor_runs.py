@@ -4,11 +4,13 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from struct import pack
 from typing import Any, TypeVar
 
 import pytest
@@ -17,6 +19,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "programs"
 HARNESS = Path(__file__).with_name("supervisor_harness.py")
 TIMEOUT = 10.0
+
+IP_TPROXY, IP_RECVORIGADDRS, SO_ORIGINAL_DST = 11274, 11273, 80
+VERSION, ASSIGN, UNASSIGN, QUERY, FLAGS, ALLOC, CONNECT = range(7)
+ITP_CONNECT, ITP_LISTEN, ITP_ESTABLISHED, ITP_ONCE, ITP_UNIDIR = 0x1, 0x2, 0x4, 0x10000, 0x80000
 
 T = TypeVar("T")
 
@@ -51,7 +57,7 @@ def compile_c(source: str, target: Path, *flags: str) -> None:
 
 
 class Run:
-    """One program under the harness. Its process is the program's."""
+    """One program under the harness; `process` is the program's own."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, command: list[str], wrapper: list[str]) -> None:
         self.record = folder / "record"
@@ -123,3 +129,17 @@ def _command_line(folder: Path) -> bytes:
         return (folder / "cmdline").read_bytes()
     except OSError:  # it ended meanwhile
         return b""
+
+
+Start = Callable[..., Run]
+
+
+# Arguments as the programs give them
+
+
+def address_argument(operation: int, ip: str, port: int) -> str:
+    return (pack("=I", operation) + socket.inet_aton(ip) + pack("!H", port)).hex()
+
+
+def flags_argument(flags: int) -> str:
+    return pack("=II", FLAGS, flags).hex()

@@ -1,89 +1,42 @@
 """Real programs under the supervisor: what reaches the handler, what reaches the program, who outlives whom."""
 
-import contextlib
 import errno
-import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import pack
-from typing import Any
 
 import pytest
-from supervisor_runs import HARNESS, ROOT, SOURCES, TIMEOUT, Run, compile_c, wait_until
+from supervisor_runs import (
+    ALLOC,
+    ASSIGN,
+    CONNECT,
+    HARNESS,
+    IP_TPROXY,
+    ITP_CONNECT,
+    ITP_LISTEN,
+    ITP_ONCE,
+    QUERY,
+    ROOT,
+    SO_ORIGINAL_DST,
+    SOURCES,
+    TIMEOUT,
+    UNASSIGN,
+    Start,
+    address_argument,
+    compile_c,
+    flags_argument,
+    wait_until,
+)
 
 pytestmark = pytest.mark.lab
+pytest_plugins = ["supervisor_fixtures"]
 
 NOBODY = 65534
-IP_TPROXY, IP_RECVORIGADDRS, SO_ORIGINAL_DST = 11274, 11273, 80
-VERSION, ASSIGN, UNASSIGN, QUERY, FLAGS, ALLOC, CONNECT = range(7)
-ITP_CONNECT, ITP_LISTEN, ITP_ONCE = 0x1, 0x2, 0x10000
-
-Start = Callable[..., Run]
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Path]:
-    """A folder, open to all users, with the C programs compiled, one of them also linked statically."""
-    folder = Path(tempfile.mkdtemp(prefix="tproxy-programs-"))
-    folder.chmod(0o755)
-    for source in SOURCES.glob("*.c"):
-        if not source.stem.endswith("_i386"):
-            compile_c(source.name, folder / source.stem)
-    compile_c("sockopt_edges.c", folder / "sockopt_edges_static", "-static")
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def start(programs: Path) -> Iterator[Start]:
-    """Start a program under the harness: `start("flood", 1, rules=[…])`. In the end all are gone, supervisors too."""
-    folder = Path(tempfile.mkdtemp(prefix="tproxy-runs-"))
-    folder.chmod(0o755)
-    ends = contextlib.ExitStack()
-    ends.callback(shutil.rmtree, folder)
-    numbers = itertools.count()
-
-    def start_one(program: str, *arguments: object, wrapper: tuple[str, ...] = (), **settings: Any) -> Run:
-        own = folder / str(next(numbers))
-        own.mkdir()
-        path = programs / program
-        command = [str(path) if path.exists() else program, *map(str, arguments)]
-        run = Run(settings, own, command, list(wrapper))
-        ends.callback(run.close)
-        return run
-
-    with ends:
-        yield start_one
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A FIFO on which a rule waits; writing to it lets the call go on."""
-    path = tmp_path / "gate"
-    os.mkfifo(path)
-    return path
-
-
-@pytest.fixture
-def server() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(TIMEOUT)
-        yield listener
-
-
-def address_argument(operation: int, ip: str, port: int) -> str:
-    return (pack("=I", operation) + socket.inet_aton(ip) + pack("!H", port)).hex()
-
-
-def flags_argument(flags: int) -> str:
-    return pack("=II", FLAGS, flags).hex()
 
 
 def answer_hello(server: socket.socket) -> None:

@@ -14,7 +14,9 @@
 #include <unistd.h>
 
 #define IP_TPROXY 11274
+#ifndef IP_RECVORIGADDRS /* a test puts an option that the kernel has in its place */
 #define IP_RECVORIGADDRS 11273
+#endif
 
 enum tproxy_op { TPROXY_VERSION, TPROXY_ASSIGN, TPROXY_UNASSIGN, TPROXY_QUERY, TPROXY_FLAGS, TPROXY_ALLOC, TPROXY_CONNECT };
 

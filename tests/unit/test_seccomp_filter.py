@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nfq_engine.core.option import IP_RECVORIGADDRS, IP_TPROXY
 from nfq_engine.shell.seccomp import (
-    IP_RECVORIGADDRS,
-    IP_TPROXY,
     ORIGINAL_DST_OPTIONS,
     SO_ORIGINAL_DST,
     SOL_IP,

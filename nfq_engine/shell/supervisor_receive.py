@@ -1,0 +1,270 @@
+"""recvmsg and recvmmsg of programs that switched IP_RECVORIGADDRS on: the datagram, and the control message with it.
+
+Owns: doing the call in the program's stead, with the program's own socket, and waiting for a datagram without holding
+up anyone. Must not know how original addresses are found: a `Receiver` tells them. Place in the path: supervisor.py
+comes here with each recvmsg of such a socket.
+
+Rules that hold here:
+- A call that waits is remembered with all that it needs; a signal that ends it in the program is noticed, at the latest
+  after RECHECK, before a datagram is taken for it.
+- recvmmsg gives one datagram a call, as it may.
+- Layouts are those of 64-bit programs; calls of 32-bit ones are not handed over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import math
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from nfq_engine.core.option import IP_RECVORIGADDRS
+from nfq_engine.shell.seccomp import SOL_IP, Listener, Notification
+from nfq_engine.shell.supervisor_caller import Caller
+
+RECHECK: Final = 0.05  # seconds until a call that a signal ended gives back its socket
+
+_LARGEST: Final = 65536  # no datagram is longer
+_MOST_VECTORS: Final = 1024  # UIO_MAXIOV
+_MESSAGE: Final = Struct("=QI4xQQQQi4x")  # struct msghdr
+_VECTOR: Final = Struct("=QQ")  # struct iovec
+_CONTROL: Final = Struct("=Qii")  # struct cmsghdr
+_TIMEOUT: Final = Struct("=qq")  # struct timeval
+_NAME_SIZE_AT: Final = 8
+_CONTROL_SIZE_AT: Final = 40
+_FLAGS_AT: Final = 48
+_CONTROL_PADDING: Final = 4  # 12 bytes of addresses, to a multiple of 8
+_U32: Final = Struct("=I")
+_U64: Final = Struct("=Q")
+_INT_MAX: Final = 0x7FFFFFFF
+_NAME_SIZE: Final = 128  # struct sockaddr_storage
+
+_log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Datagram:
+    """A datagram that a program is about to get: its socket (a copy), and the source address that recvmsg tells."""
+
+    socket_fd: int
+    source: bytes  # a struct sockaddr
+
+
+Receiver = Callable[[Datagram], bytes | None]
+"""Tells the control message's 12 bytes (source and destination address, source and destination port), or None."""
+
+
+class _OwnVector(ctypes.Structure):
+    """struct iovec of the supervisor's own call."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _OwnMessage(ctypes.Structure):
+    """struct msghdr of the supervisor's own call."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_size", ctypes.c_uint32),
+        ("vectors", ctypes.c_void_p),
+        ("vector_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """The program's struct msghdr: where it is, and where it wants what."""
+
+    at: int
+    name_at: int
+    name_size: int
+    vectors: tuple[tuple[int, int], ...]
+    control_at: int
+    control_size: int
+
+    @property
+    def room(self) -> int:
+        """Bytes of data that it has room for, as far as they matter."""
+        return min(sum(size for _, size in self.vectors), _LARGEST)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One recvmsg or recvmmsg under way; `until` is when SO_RCVTIMEO ends it."""
+
+    notification: Notification
+    caller: Caller
+    taken: socket.socket
+    message: _Message
+    flags: int
+    is_many: bool
+    until: float
+
+    @property
+    def may_wait(self) -> bool:
+        """Is neither the call nor the socket non-blocking?"""
+        return not (self.flags & socket.MSG_DONTWAIT or fcntl.fcntl(self.taken, fcntl.F_GETFL) & os.O_NONBLOCK)
+
+
+class ReceivingCalls:
+    """The recvmsg calls of one run's programs; the sockets of those that wait are registered at `poll`."""
+
+    def __init__(self, listener: Listener, poll: select.poll, receiver: Receiver) -> None:
+        self._listener = listener
+        self._poll = poll
+        self._receiver = receiver
+        self._waiting: dict[int, tuple[_Call, ExitStack]] = {}
+        self._data = ctypes.create_string_buffer(_LARGEST)
+        self._name = ctypes.create_string_buffer(_NAME_SIZE)
+        self._control = ctypes.create_string_buffer(_LARGEST)
+
+    def patience(self) -> float | None:
+        """Seconds until `tidy` has something to do; None when no call waits."""
+        if not self._waiting:
+            return None
+        return max(0.0, min(RECHECK, min(call.until for call, _ in self._waiting.values()) - time.monotonic()))
+
+    def begin(self, notification: Notification, caller: Caller, taken: socket.socket, handles: ExitStack) -> None:
+        """Answer a call, or keep it and its handles until there is a datagram. OSError: the call's errno."""
+        is_many = notification.number == notification.table.recvmmsg
+        _, at, *rest = notification.arguments
+        flags = rest[1 if is_many else 0] & _INT_MAX
+        if flags & socket.MSG_ERRQUEUE or (is_many and not rest[0] & _INT_MAX):  # no datagram is asked for
+            self._listener.let_go_on(notification)
+            return
+        call = _Call(notification, caller, taken, _read_message(caller, at), flags, is_many, _deadline(taken))
+        try:
+            self._listener.answer(notification, 0, self._receive(call))
+        except BlockingIOError:
+            if not call.may_wait:
+                raise
+            self._waiting[taken.fileno()] = (call, handles.pop_all())
+            self._poll.register(taken, select.POLLIN | select.POLLRDHUP)
+
+    def resume(self, descriptor: int, events: int) -> None:
+        """Something came to a socket that a call waits for."""
+        call, _ = self._waiting[descriptor]
+        if self._listener.is_waiting(call.notification):
+            try:
+                self._listener.answer(call.notification, 0, self._receive(call))
+            except BlockingIOError:
+                if not events & select.POLLRDHUP:  # another call of the program was quicker
+                    return
+                _write_message(call.caller, call.message, memoryview(b""), b"", b"", 0)
+                self._listener.answer(call.notification, 0)
+            except OSError as problem:
+                self._listener.answer(call.notification, problem.errno or errno.EIO)
+        self._forget(descriptor)
+
+    def tidy(self) -> None:
+        """Let go of calls that a signal ended, and end those whose time is up."""
+        now = time.monotonic()
+        for descriptor, (call, _) in list(self._waiting.items()):
+            if now >= call.until:
+                self._listener.answer(call.notification, errno.EAGAIN)
+            elif self._listener.is_waiting(call.notification):
+                continue
+            self._forget(descriptor)
+
+    def _forget(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        _, handles = self._waiting.pop(descriptor)
+        handles.close()
+
+    def _receive(self, call: _Call) -> int:
+        """Take a datagram and give it to the program: what the call returns. OSError as from recvmsg(2), or EFAULT."""
+        message, descriptor = call.message, call.taken.fileno()
+        vector = _OwnVector(ctypes.addressof(self._data), message.room)
+        header = _OwnMessage(
+            name=ctypes.addressof(self._name),
+            name_size=_NAME_SIZE,
+            vectors=ctypes.addressof(vector),
+            vector_count=1,
+            control=ctypes.addressof(self._control),
+            control_size=min(message.control_size, _LARGEST),
+        )
+        length: int = _libc.recvmsg(descriptor, ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
+        if length < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        name = ctypes.string_at(self._name, header.name_size)
+        control = ctypes.string_at(self._control, header.control_size)
+        flags = header.flags
+        original = self._original_addresses(Datagram(descriptor, name))
+        if original is not None:
+            more, cut = _control_message(original, message.control_size - len(control))
+            control += more
+            flags |= cut
+        _write_message(call.caller, message, memoryview(self._data)[: min(length, message.room)], name, control, flags)
+        if not call.is_many:
+            return length
+        call.caller.write(message.at + _MESSAGE.size, _U32.pack(length))
+        return 1
+
+    def _original_addresses(self, datagram: Datagram) -> bytes | None:
+        """The receiver's word; a receiver that fails knows nothing."""
+        try:
+            return self._receiver(datagram)
+        except Exception:
+            _log.exception("a datagram's original addresses cannot be told")
+            return None
+
+
+def _read_message(caller: Caller, at: int) -> _Message:
+    """The program's struct msghdr; OSError as a kernel has it."""
+    name_at, name_size, vectors_at, vector_count, control_at, control_size, _ = _MESSAGE.unpack(
+        caller.read(at, _MESSAGE.size)
+    )
+    if vector_count > _MOST_VECTORS:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    if name_at and name_size > _INT_MAX:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    vectors = tuple(_VECTOR.iter_unpack(caller.read(vectors_at, vector_count * _VECTOR.size)))
+    return _Message(at, name_at, name_size, vectors, control_at, control_size if control_at else 0)
+
+
+def _write_message(
+    caller: Caller, message: _Message, data: memoryview, name: bytes, control: bytes, flags: int
+) -> None:
+    """Give the program what its struct msghdr asks for; OSError (EFAULT) when it has no such memory."""
+    for address, size in message.vectors:
+        if not data:
+            break
+        caller.write(address, data[:size])
+        data = data[size:]
+    if message.name_at:
+        caller.write(message.name_at, name[: message.name_size])
+        caller.write(message.at + _NAME_SIZE_AT, _U32.pack(len(name)))
+    caller.write(message.control_at, control)
+    caller.write(message.at + _CONTROL_SIZE_AT, _U64.pack(len(control)))
+    caller.write(message.at + _FLAGS_AT, _U32.pack(flags))
+
+
+def _control_message(original: bytes, room: int) -> tuple[bytes, int]:
+    """The control message and what it adds to the flags, cut as the kernel's put_cmsg cuts it when there is no room."""
+    if room < _CONTROL.size:
+        return b"", socket.MSG_CTRUNC
+    length = min(_CONTROL.size + len(original), room)
+    is_whole = length == _CONTROL.size + len(original)
+    padded = _CONTROL.pack(length, SOL_IP, IP_RECVORIGADDRS) + original + bytes(_CONTROL_PADDING)
+    return padded[:room], 0 if is_whole else socket.MSG_CTRUNC
+
+
+def _deadline(taken: socket.socket) -> float:
+    """When a call that begins now ends by SO_RCVTIMEO."""
+    seconds, microseconds = _TIMEOUT.unpack(taken.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT.size))
+    return time.monotonic() + seconds + microseconds / 1e6 if seconds or microseconds else math.inf

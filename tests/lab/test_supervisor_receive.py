@@ -1,0 +1,78 @@
+"""Datagrams with their original addresses: recvmsg under the supervisor, beside what the kernel itself does."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from supervisor_runs import (
+    ASSIGN,
+    CONNECT,
+    IP_RECVORIGADDRS,
+    IP_TPROXY,
+    ITP_ESTABLISHED,
+    ITP_LISTEN,
+    ITP_UNIDIR,
+    TIMEOUT,
+    Start,
+    address_argument,
+    flags_argument,
+)
+
+pytestmark = pytest.mark.lab
+pytest_plugins = ["supervisor_fixtures"]
+
+ORIGINAL = ("198.51.100.9", 53)
+
+
+@pytest.fixture
+def peer() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.bind(("127.0.0.1", 0))
+        made.settimeout(TIMEOUT)
+        yield made
+
+
+def test_a_udp_listener_learns_where_a_datagram_was_sent_to(start: Start, peer: socket.socket) -> None:
+    run = start("udp_listener", "127.0.0.1", 0, original=ORIGINAL)
+    peer.sendto(b"are you there?", ("127.0.0.1", int(run.line().rpartition(":")[2])))
+    assert peer.recv(100) == b"are you there?"
+    peer_port = peer.getsockname()[1]
+    assert run.output() == f"source 127.0.0.1:{peer_port}\ndestination 198.51.100.9:53\n"
+    assert [(call["option"], call["value"][:20]) for call in run.calls()] == [
+        (IP_RECVORIGADDRS, "01000000"),
+        (IP_TPROXY, flags_argument(ITP_LISTEN | ITP_UNIDIR) + "0000"),
+        (IP_TPROXY, address_argument(ASSIGN, *ORIGINAL)),
+        (IP_TPROXY, address_argument(CONNECT, "127.0.0.1", peer_port)),
+        (IP_TPROXY, flags_argument(ITP_ESTABLISHED) + "0000"),
+    ]
+
+
+def test_a_datagram_of_unknown_origin_comes_without_addresses(start: Start, peer: socket.socket) -> None:
+    run = start("udp_listener", "127.0.0.1", 0, original=ORIGINAL, unknown=peer.getsockname()[1])
+    peer.sendto(b"are you there?", ("127.0.0.1", int(run.line().rpartition(":")[2])))
+    assert run.output() == "no original addresses\n"
+
+
+def test_recvmsg_does_all_that_the_kernel_s_does(start: Start, programs: Path) -> None:
+    run = start("receive", original=ORIGINAL)
+    supervised = run.output().replace("198.51.100.9:53", "127.0.0.1:0")
+    kernel = subprocess.run(
+        [programs / "receive_by_kernel"], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    )
+    assert supervised == kernel.stdout
+    first, *_, last = run.calls()
+    assert first["descriptors"] == last["descriptors"]
+
+
+def test_signals_do_not_double_a_call_when_they_can_end_it(start: Start) -> None:
+    run = start("signalled", original=ORIGINAL)
+    assert run.output().split() == ["calls", str(len(run.calls())), "failed", "0"]
+
+
+def test_a_program_killed_while_it_waits_for_a_datagram(start: Start) -> None:
+    run = start("udp_listener", "127.0.0.1", 0, original=ORIGINAL)
+    run.line()
+    run.process.kill()  # `start` sees that the supervisor ends
+    assert run.output() == ""

@@ -1,0 +1,211 @@
+/*
+ * recvmsg and recvmmsg in all ways, on a UDP socket with IP_RECVORIGADDRS that is connected to itself; one line each: its
+ * name, the result, the flags that came back, and the control messages: 'o' original addresses, 'p' IP_PKTINFO.
+ */
+#include "tproxy.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/time.h>
+
+static char first[4], second[100], control[256];
+static struct sockaddr_in name;
+
+static struct msghdr message(void)
+{
+	static struct iovec vectors[] = {{first, sizeof first}, {second, sizeof second}};
+
+	memset(first, 0, sizeof first);
+	memset(second, 0, sizeof second);
+	return (struct msghdr){
+		.msg_name = &name, .msg_namelen = sizeof name, .msg_iov = vectors, .msg_iovlen = 2,
+		.msg_control = control, .msg_controllen = sizeof control,
+	};
+}
+
+static void report(const char *what, ssize_t result, struct msghdr *m)
+{
+	struct cmsghdr *c;
+
+	printf("%s ", what);
+	if (result < 0) {
+		printf("%s\n", strerrorname_np(errno));
+		return;
+	}
+	printf("%zd flags %#x data %.4s|%s controls ", result, m->msg_flags, first, second);
+	for (c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
+		struct in_origaddrs *o = (struct in_origaddrs *)CMSG_DATA(c);
+
+		if (c->cmsg_level == SOL_IP && c->cmsg_type == IP_PKTINFO)
+			printf("p");
+		else if (c->cmsg_level == SOL_IP && c->cmsg_type == IP_RECVORIGADDRS && c->cmsg_len < CMSG_LEN(sizeof *o))
+			printf("o(cut)");
+		else if (c->cmsg_level == SOL_IP && c->cmsg_type == IP_RECVORIGADDRS)
+			printf("o(%s:%u)", inet_ntoa(o->destination), ntohs(o->destination_port));
+		else
+			printf("?");
+	}
+	printf("\n");
+}
+
+static int self_connected(void)
+{
+	int fd = bound_socket(SOCK_DGRAM, address("127.0.0.1", "0"));
+	struct sockaddr_in self;
+	socklen_t length = sizeof self;
+
+	need(getsockname(fd, (struct sockaddr *)&self, &length), "getsockname");
+	need(connect(fd, (struct sockaddr *)&self, sizeof self), "connect");
+	return fd;
+}
+
+static void set(int fd, int option, int value, const char *step)
+{
+	need(setsockopt(fd, SOL_IP, option, &value, sizeof value), step);
+}
+
+static void say(int fd, const char *text)
+{
+	need(send(fd, text, strlen(text), 0), "send");
+}
+
+static void one(const char *what, int fd, int flags)
+{
+	struct msghdr m = message();
+	ssize_t result = recvmsg(fd, &m, flags);
+
+	report(what, result, &m);
+}
+
+static void *say_later(void *fd)
+{
+	usleep(20000);
+	set(*(int *)fd, IP_RECVORIGADDRS, 1, "RECVORIGADDRS"); /* the call that waits is in nobody's way */
+	say(*(int *)fd, "late");
+	return NULL;
+}
+
+static void interrupted(int number)
+{
+	(void)number;
+}
+
+static void plain(int fd)
+{
+	int on = 0;
+	socklen_t length = sizeof on;
+
+	need(getsockopt(fd, SOL_IP, IP_RECVORIGADDRS, &on, &length), "RECVORIGADDRS");
+	printf("is-on %d\n", on);
+	say(fd, "abcdefgh");
+	one("peek", fd, MSG_PEEK);
+	one("take", fd, 0);
+	printf("name %s\n", inet_ntoa(name.sin_addr));
+	one("nothing-nonblocking", fd, MSG_DONTWAIT);
+	say(fd, "");
+	one("empty", fd, 0);
+	set(fd, IP_PKTINFO, 1, "PKTINFO");
+	say(fd, "abcd");
+	one("with-pktinfo", fd, 0);
+	set(fd, IP_PKTINFO, 0, "PKTINFO");
+}
+
+static void limits(int fd)
+{
+	struct msghdr m = message();
+
+	say(fd, "abcdefgh");
+	m.msg_iovlen = 1;
+	report("truncated", recvmsg(fd, &m, 0), &m);
+	say(fd, "abcdefgh");
+	m = message();
+	m.msg_iovlen = 1;
+	report("truncated-true-length", recvmsg(fd, &m, MSG_TRUNC), &m);
+	say(fd, "abcd");
+	m = message();
+	m.msg_controllen = CMSG_SPACE(0);
+	report("little-control", recvmsg(fd, &m, 0), &m);
+	say(fd, "abcd");
+	m = message();
+	m.msg_name = NULL;
+	m.msg_control = NULL;
+	m.msg_controllen = 0;
+	report("no-name-no-control", recvmsg(fd, &m, 0), &m);
+	say(fd, "abcd");
+	m = message();
+	m.msg_iovlen = 2000;
+	report("many-vectors", recvmsg(fd, &m, 0), &m);
+	m = message();
+	m.msg_iov = (struct iovec *)8;
+	report("bad-vectors", recvmsg(fd, &m, 0), &m);
+	report("bad-message", recvmsg(fd, (struct msghdr *)8, 0), &m);
+	one("still-there", fd, 0);
+	say(fd, "abcd");
+	m = message();
+	m.msg_name = (void *)8;
+	report("bad-name", recvmsg(fd, &m, 0), &m);
+	report("closed", recvmsg(99, &m, 0), &m);
+	report("file", recvmsg(1, &m, 0), &m);
+}
+
+static void waiting(int fd)
+{
+	struct timeval limit = {.tv_usec = 30000}, none = {0};
+	struct sigaction action = {.sa_handler = interrupted};
+	struct itimerval soon = {.it_value.tv_usec = 20000};
+	pthread_t thread;
+
+	pthread_create(&thread, NULL, say_later, &fd);
+	one("wait", fd, 0);
+	pthread_join(thread, NULL);
+	need(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "RCVTIMEO");
+	one("time-limit", fd, 0);
+	need(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &none, sizeof none), "RCVTIMEO");
+	need(fcntl(fd, F_SETFL, O_NONBLOCK), "fcntl");
+	one("nonblocking-socket", fd, 0);
+	need(fcntl(fd, F_SETFL, 0), "fcntl");
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &soon, NULL);
+	one("signal", fd, 0);
+	say(fd, "abcd");
+	one("after-signal", fd, 0);
+	action.sa_flags = SA_RESTART;
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &soon, NULL);
+	pthread_create(&thread, NULL, say_later, &fd);
+	one("restarted", fd, 0);
+	pthread_join(thread, NULL);
+}
+
+static void many(int fd)
+{
+	struct mmsghdr m[2] = {{.msg_hdr = message()}, {.msg_hdr = message()}};
+	int result;
+
+	say(fd, "abcd");
+	result = recvmmsg(fd, m, 2, MSG_WAITFORONE, NULL);
+	printf("many %d length %u\n", result, m[0].msg_len);
+	report("many-first", result, &m[0].msg_hdr);
+	report("many-none", recvmmsg(fd, m, 2, MSG_DONTWAIT, NULL), &m[0].msg_hdr);
+}
+
+int main(void)
+{
+	int fd = self_connected(), other = self_connected();
+
+	set(fd, IP_RECVORIGADDRS, 1, "RECVORIGADDRS");
+	plain(fd);
+	limits(fd);
+	waiting(fd);
+	many(fd);
+	say(other, "abcd");
+	one("other-socket", other, 0);
+	set(fd, IP_RECVORIGADDRS, 0, "RECVORIGADDRS");
+	say(fd, "abcd");
+	one("switched-off", fd, 0);
+	set(fd, IP_RECVORIGADDRS, 1, "RECVORIGADDRS");
+	need(shutdown(fd, SHUT_RD), "shutdown");
+	one("shut-down", fd, 0);
+	return 0;
+}
