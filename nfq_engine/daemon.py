@@ -31,11 +31,11 @@ from nfq_engine.shell import divert, sockets
 from nfq_engine.shell.answers import Answers
 from nfq_engine.shell.control import Client, ControlSocket
 from nfq_engine.shell.interfaces import HostInterfaces, local_port_range
-from nfq_engine.shell.queue import LARGEST_COPY, PacketQueue, QueuedPacket
+from nfq_engine.shell.queue import CUT, LARGEST_COPY, PacketQueue, QueuedPacket, SliceOver
 
 log: Final = logging.getLogger("tproxyd")
 
-_BATCH: Final = 256  # packets between two looks at everything else
+_SLICE: Final = 0.005  # seconds of packets between two looks at everything else
 _TICK: Final = 1.0  # seconds between two looks at the timeouts
 _DROPS_LOGGED: Final = 20  # a tick, so that a flood of bad packets is no flood of lines
 
@@ -49,26 +49,36 @@ class PacketHandler:
         self._engine = engine
         self._interfaces = interfaces
         self._mark = mark
-        self._hot = engine.hot.translate
         # Packets that the hot path decided, by hook: rewritten, and let through as they were.
         self._translated = [0] * len(Hook)
         self._passed = [0] * len(Hook)
         self._drops_to_log = _DROPS_LOGGED
+        self.slice_end = 0.0  # when to leave the rest of the queue for later
+        self.handle_whole: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
 
-    def __call__(self, packet: QueuedPacket) -> None:
-        """The queue's callback: the hot path, and the way out of it."""
-        data = packet.get_payload()
-        hook = packet.hook
-        translated = self._hot(_STAGES[hook], data, time.monotonic())
-        if translated is None:
-            self._decide(packet, data)
-            return
-        if translated is data:
-            self._passed[hook] += 1
-        else:
-            self._translated[hook] += 1
-            packet.set_payload(translated)
-        packet.accept()
+    def callback(self) -> Callable[[QueuedPacket], None]:
+        """The queue's callback: the hot path, and the way out of it. A closure, as its names cost least to look up."""
+        translate, decide, clock, stages = self._engine.hot.translate, self._decide, time.monotonic, _STAGES
+        all_translated, all_passed = self._translated, self._passed
+
+        def handle(packet: QueuedPacket) -> None:
+            data = packet.get_payload()
+            hook = packet.hook
+            now = clock()
+            translated = translate(stages[hook], data, now)
+            if translated is None:
+                decide(packet, data)
+            elif translated is data:
+                all_passed[hook] += 1
+                packet.accept()
+            else:
+                all_translated[hook] += 1
+                packet.set_payload(translated)
+                packet.accept()
+            if now > self.slice_end:
+                raise SliceOver
+
+        return handle
 
     def flush_counts(self) -> None:
         """Hand what was counted here to the engine's counters."""
@@ -85,6 +95,9 @@ class PacketHandler:
 
     def _decide(self, packet: QueuedPacket, data: bytes) -> None:
         """The slow path; an error of ours, whatever it is, drops the packet and is counted: none may get stuck."""
+        if len(data) == CUT and claimed_length(data) > CUT:
+            self.handle_whole(packet)
+            return
         hook = Hook(packet.hook)
         try:
             decision = self._decision(packet, hook, data)
@@ -135,14 +148,15 @@ class Daemon:
         self._destroyed = sockets.DestroyedSockets()
         self._answers = Answers(self.engine, self._settle, self._status)
         self._control = ControlSocket(self._answers)
-        self._queue = PacketQueue(queue, self._handler, length=queue_length, fail_open=fail_open)
+        self._queue = PacketQueue(queue, self._handler.callback(), length=queue_length, fail_open=fail_open)
+        self._handler.handle_whole = self._queue.handle_whole
         self._wake, self._signals = socket.socketpair()
         self._is_stopping = False
         self._watch(self._interfaces, self._interfaces.forget)
         self._watch(self._destroyed, self._forget_closed)
         self._watch(self._control, self._accept)
         self._watch(self._wake, self._stop)
-        self._watch(self._queue, lambda: self._queue.drain(_BATCH))
+        self._watch(self._queue, self._drain)
         self.datapath = divert.build(queue, mark, fail_open=fail_open)
 
     def run(self) -> None:
@@ -175,6 +189,10 @@ class Daemon:
 
     def _watch(self, source: Any, act: Callable[[], object]) -> None:
         self._selector.register(source, selectors.EVENT_READ, act)
+
+    def _drain(self) -> None:
+        self._handler.slice_end = time.monotonic() + _SLICE
+        self._queue.drain()
 
     def _stop(self) -> None:
         self._is_stopping = True

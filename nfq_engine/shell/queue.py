@@ -1,19 +1,21 @@
 """The NFQUEUE: packets in, verdicts out.
 
-Owns: the queue's socket, its limits, and how many packets are taken in one go. Must not know what is decided.
+Owns: the queue's sockets and limits. Must not know what is decided.
 
-NetfilterQueue 1.1.0 reads into 4096 bytes, so that a packet above about 4000 bytes never reaches the callback and holds
-its place in the queue for ever. Its `run_socket`, though, takes packets of any size from any object with a `recv`: our
-`_Reader` reads as much as a netlink attribute can hold from the library's own descriptor, and the kernel is told to
-copy as much. It also stops after a number of packets, so that a flood cannot keep the control socket waiting.
+NetfilterQueue 1.1.0 reads into 4096 bytes: a packet above about 4000 bytes never reaches the callback and holds its
+place in the queue for ever, unless the kernel is told to copy no more than fits; then it arrives cut. Its other loop,
+`run_socket`, takes packets of any size from any object with a `recv`, but a third fewer of them. So there are two
+queues. Everything comes to the first, by the fast loop; a packet that arrives cut is sent on to the second (NF_QUEUE is
+a verdict like any other) and read from there whole, before the next one is looked at: no packet overtakes another.
 
-What is left of the trap: an attribute carries 65531 bytes, so the last bytes of the very largest packets cannot come.
-`handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted: oversized. TCP is
-kept from sending such segments by divert.py.
+What is left of the trap: a netlink attribute carries 65531 bytes, so the last bytes of the very largest packets cannot
+come. `handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted: oversized.
+TCP is kept from sending such segments by divert.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -24,13 +26,17 @@ from typing import Final, Protocol
 
 from netfilterqueue import NetfilterQueue
 
+CUT: Final = 4096 - 80  # bytes that the library copies at the most: a packet of this size may be longer
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
 _SOCKET_BUFFER: Final = 8 << 20
 _SO_RCVBUFFORCE: Final = 33
 
 # linux/netfilter/nfnetlink_queue.h
+_NFQNL_MSG_VERDICT: Final = 3 << 8 | 1
 _NFQNL_MSG_CONFIG: Final = 3 << 8 | 2
 _NLM_F_REQUEST: Final = 1
+_NFQA_VERDICT_HDR: Final = 2
+_NF_QUEUE: Final = 3
 _NFQA_CFG_PARAMS: Final = 2
 _NFQA_CFG_MASK: Final = 4
 _NFQA_CFG_FLAGS: Final = 5
@@ -42,6 +48,7 @@ LARGEST_COPY: Final = 0xFFFF - 4
 class QueuedPacket(Protocol):
     """What NetfilterQueue hands to a callback; the parts that are used here."""
 
+    id: int
     hook: int
     indev: int
     outdev: int
@@ -73,78 +80,104 @@ class QueuedPacket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """The kernel's own counts for a queue: waiting now, dropped because the queue was full, because the socket was."""
+    """The kernel's own counts: packets waiting now, dropped because a queue was full, because a socket was."""
 
     waiting: int
     dropped_full: int
     dropped_unread: int
 
 
+class SliceOver(Exception):  # noqa: N818 - no error: the handler's way to end a `drain` that has taken long enough
+    """Raised by the handler, after a packet's verdict, to leave the rest for later."""
+
+
 class PacketQueue:
-    """One bound NFQUEUE of the current network namespace."""
+    """The two bound NFQUEUEs of the current network namespace: `number`, which is diverted to, and the next one."""
 
     def __init__(self, number: int, handle: Callable[[QueuedPacket], None], *, length: int, fail_open: bool) -> None:
-        """Bind queue `number`, which holds `length` packets; `handle` must give each its verdict.
+        """Bind the queues, which hold `length` packets each; `handle` must give each packet its verdict.
 
-        `fail_open`: the kernel lets packets pass untouched when the queue is full, instead of dropping them.
-        OSError when the queue cannot be bound: no CAP_NET_ADMIN, or somebody listens already.
+        `fail_open`: the kernel lets packets pass untouched when a queue is full, instead of dropping them.
+        OSError when a queue cannot be bound: no CAP_NET_ADMIN, or somebody listens already.
         """
         self.number = number
-        self._queue = NetfilterQueue()
-        self._queue.bind(number, handle, max_len=length, sock_len=_SOCKET_BUFFER // 2)
-        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
-        self._socket.setblocking(False)
-        _grow_buffer(self._socket)
-        self._configure(fail_open)
-        self._reader = _Reader(self._socket)
+        self._first = _BoundQueue(number, handle, CUT, length, fail_open=fail_open)
+        try:
+            self._whole = _BoundQueue(number + 1, handle, LARGEST_COPY, length, fail_open=fail_open)
+        except OSError:
+            self._first.close()
+            raise
+        self._reader = _Reader(self._whole.socket)
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
-        return self._socket.fileno()
+        return self._first.socket.fileno()
 
-    def drain(self, most: int) -> None:
-        """Handle the packets that wait, `most` at the most."""
-        self._reader.left = most
-        self._queue.run_socket(self._reader)
+    def drain(self) -> None:
+        """Handle the packets that wait, until there are none or the handler raises SliceOver."""
+        with contextlib.suppress(SliceOver):
+            self._first.library.run(block=False)
+
+    def handle_whole(self, packet: QueuedPacket) -> None:
+        """Have a packet that arrived cut, of the first queue, handled again: whole, and now."""
+        verdict = _attribute(_NFQA_VERDICT_HDR, struct.pack("!II", _NF_QUEUE | (self.number + 1) << 16, packet.id))
+        self._first.send(_NFQNL_MSG_VERDICT, verdict)
+        self._whole.library.run_socket(self._reader)
 
     def close(self) -> None:
         """Unbind; the kernel drops what still waits."""
-        self._queue.unbind()
-        self._socket.close()
+        self._first.close()
+        self._whole.close()
 
     def status(self) -> QueueStatus:
-        """The kernel's counts of this queue."""
-        for line in Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text().splitlines():
-            fields = [int(field) for field in line.split()]
-            if fields[0] == self.number:
-                return QueueStatus(waiting=fields[2], dropped_full=fields[5], dropped_unread=fields[6])
-        raise ProcessLookupError(f"queue {self.number} is not bound any more")
+        """The kernel's counts of both queues."""
+        numbers = (self.number, self.number + 1)
+        lines = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text().splitlines()
+        rows = [fields for line in lines if (fields := [int(field) for field in line.split()])[0] in numbers]
+        waiting, full, unread = (sum(row[column] for row in rows) for column in (2, 5, 6))
+        return QueueStatus(waiting=waiting, dropped_full=full, dropped_unread=unread)
 
-    def _configure(self, fail_open: bool) -> None:
-        """Ask for whole packets, and set the queue's flags: NetfilterQueue can do neither."""
+
+class _BoundQueue:
+    """One queue of the library, and a socket on its descriptor for what the library cannot do."""
+
+    def __init__(
+        self, number: int, handle: Callable[[QueuedPacket], None], copied: int, length: int, *, fail_open: bool
+    ) -> None:
+        self._number = number
+        self.library = NetfilterQueue()
+        self.library.bind(number, handle, max_len=length, sock_len=_SOCKET_BUFFER // 2)
+        self.socket = socket.socket(fileno=os.dup(self.library.get_fd()))
+        self.socket.setblocking(False)
+        _grow_buffer(self.socket)
         flags = _NFQA_CFG_F_FAIL_OPEN if fail_open else 0
-        body = struct.pack("!BBH", socket.AF_UNSPEC, 0, self.number)
-        body += _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", LARGEST_COPY, _NFQNL_COPY_PACKET))
-        body += _attribute(_NFQA_CFG_FLAGS, struct.pack("!I", flags))
-        body += _attribute(_NFQA_CFG_MASK, struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN))
-        header = struct.pack("=IHHII", 16 + len(body), _NFQNL_MSG_CONFIG, _NLM_F_REQUEST, 0, 0)
-        self._socket.send(header + body)
+        self.send(
+            _NFQNL_MSG_CONFIG,
+            _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", copied, _NFQNL_COPY_PACKET))
+            + _attribute(_NFQA_CFG_FLAGS, struct.pack("!I", flags))
+            + _attribute(_NFQA_CFG_MASK, struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN)),
+        )
+
+    def send(self, kind: int, attributes: bytes) -> None:
+        """Send one message about the queue."""
+        body = struct.pack("!BBH", socket.AF_UNSPEC, 0, self._number) + attributes
+        self.socket.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST, 0, 0) + body)
+
+    def close(self) -> None:
+        self.library.unbind()
+        self.socket.close()
 
 
 class _Reader:
-    """What `run_socket` reads from: the queue's socket, for so many messages."""
+    """What `run_socket` reads from: whole messages, until none waits (BlockingIOError ends the library's loop)."""
 
-    __slots__ = ("_receive", "left")
+    __slots__ = ("_receive",)
 
     def __init__(self, source: socket.socket) -> None:
         self._receive = source.recv
-        self.left = 0
 
     def recv(self, _library_size: int) -> bytes:
-        """One message, whole. BlockingIOError ends the library's loop: nothing waits, or it is enough for now."""
-        if not self.left:
-            raise BlockingIOError(11, "enough for now")
-        self.left -= 1
+        """One message, however large."""
         return self._receive(_MESSAGE)
 
 
