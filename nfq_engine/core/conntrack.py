@@ -168,7 +168,6 @@ class Connection:
         "identifier",
         "inside",
         "is_marked",
-        "last_seen",
         "original",
         "rule",
         "sockrefs",
@@ -179,7 +178,7 @@ class Connection:
         self.original = original
         self.inside = inside
         self.final = inside
-        self.created = self.last_seen = now
+        self.created = now
         self.deadline = math.inf  # when `ConnectionTable.expired` looks at it next
         self.state = State.NONE
         self.entries: dict[tuple[Stage, Direction], Entry] = {}
@@ -204,6 +203,11 @@ class Connection:
         return self.state in _REPLACEABLE
 
     @property
+    def last_seen(self) -> float:
+        """When its last packet came by."""
+        return max((entry.last_seen for entry in self.entries.values()), default=self.created)
+
+    @property
     def expires(self) -> float:
         """When it is forgotten if no packet comes."""
         return self.last_seen + TIMEOUTS[self.state]
@@ -223,13 +227,14 @@ class Connection:
 class Entry:
     """What happens to one wire tuple at one stage: the connection, the way, the prepared rewrite, and how often."""
 
-    __slots__ = ("bytes", "connection", "direction", "is_settled", "packets", "rewrite")
+    __slots__ = ("bytes", "connection", "direction", "is_settled", "last_seen", "packets", "rewrite")
 
     def __init__(self, connection: Connection, direction: Direction, rewrite: Rewrite | None) -> None:
         self.connection = connection
         self.direction = direction
         self.rewrite = rewrite
         self.is_settled = (connection.state, direction) in _SETTLED
+        self.last_seen = connection.created
         self.packets = 0
         self.bytes = 0
 

@@ -71,7 +71,7 @@ def _udp4(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     entry = entries.get(key)
     if entry is None or not entry.is_settled or total != length or fragment & _FRAGMENT or size != length - 20:
         return None
-    entry.connection.last_seen = now
+    entry.last_seen = now
     entry.packets += 1
     entry.bytes += length
     rewrite = entry.rewrite
@@ -98,7 +98,7 @@ def _tcp4(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
         or not _is_plain(flags, length - 20)
     ):
         return None
-    entry.connection.last_seen = now
+    entry.last_seen = now
     entry.packets += 1
     entry.bytes += length
     rewrite = entry.rewrite
@@ -119,7 +119,7 @@ def _udp6(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     entry = entries.get(key)
     if entry is None or not entry.is_settled or payload != length - IPV6_HEADER or size != payload:
         return None
-    entry.connection.last_seen = now
+    entry.last_seen = now
     entry.packets += 1
     entry.bytes += length
     rewrite = entry.rewrite
@@ -136,7 +136,7 @@ def _tcp6(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     entry = entries.get(key)
     if entry is None or not entry.is_settled or payload != length - IPV6_HEADER or not _is_plain(flags, payload):
         return None
-    entry.connection.last_seen = now
+    entry.last_seen = now
     entry.packets += 1
     entry.bytes += length
     rewrite = entry.rewrite
