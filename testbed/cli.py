@@ -22,7 +22,7 @@ from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.lab import Lab, LabError
 from testbed.plan import plan
-from testbed.process import ServiceError, sweep
+from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
 from testbed.topology import Topology
 from testbed.topology_file import TopologyError, load
@@ -155,7 +155,7 @@ def run(file: Path, directory: Path | None, node: str | None, command: tuple[str
             status = subprocess.run(command, check=False).returncode
         else:
             with lab[node].namespace.entered():
-                running = subprocess.Popen(command, env=_environment())
+                running = subprocess.Popen(command, env=environment())
             status = running.wait()
     sys.exit(status if status >= 0 else 128 - status)
 
@@ -163,13 +163,7 @@ def run(file: Path, directory: Path | None, node: str | None, command: tuple[str
 def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
     """Become a command inside a node."""
     with record.namespace(node) as namespace, namespace.entered():
-        os.execvpe(command[0], command, _environment())
-
-
-def _environment() -> dict[str, str]:
-    """This environment, with this Python's own commands (tproxyctl for one) in the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, "PATH": path}
+        os.execvpe(command[0], command, environment())
 
 
 def _directory(topology: Topology, directory: Path | None) -> Path:

@@ -7,7 +7,6 @@ the first packet; then engines; then services. Everything is undone in reverse, 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +19,7 @@ from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.netns import Namespace
 from testbed.plan import plan
-from testbed.process import MARK, Program, ServiceError, owner_mark, sweep
+from testbed.process import Program, ServiceError, environment, sweep
 from testbed.topology import Address, Node, Readiness, Service, Topology
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
@@ -66,11 +65,10 @@ class NodeHandle:
         self, command: Sequence[str], *, check: bool = True, timeout: float = _COMMAND_PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; LabError, with what it wrote, when it fails (and `check`) or takes too long."""
-        variables = {**os.environ, MARK: owner_mark()}
         try:
             with self.namespace.entered():
                 running = subprocess.Popen(
-                    list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+                    list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
                 )
             with running:
                 try:

@@ -41,6 +41,12 @@ def owner_mark() -> str:
     return f"{os.getpid()}:{start_time(os.getpid())}"
 
 
+def environment() -> dict[str, str]:
+    """What a lab's processes find in their environment: ours, the owner's mark, this Python's commands in the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path, MARK: owner_mark()}
+
+
 def start_time(pid: int) -> str | None:
     """When a process started, in ticks since boot (proc(5), field 22); None when it is gone."""
     try:
@@ -70,14 +76,15 @@ class Program:
         namespace: Namespace,
         log: Path,
         ready: Readiness,
-        environment: Mapping[str, str] | None = None,
+        further: Mapping[str, str] | None = None,
     ) -> Program:
-        """Start a program and wait until it is ready; ServiceError when it does not get so far."""
+        """Start a program and wait until it is ready; ServiceError when it does not get so far.
+
+        `further`: environment variables beside those of `environment`.
+        """
         reading, writing = os.pipe()
         words = [word.replace("{notify_fd}", str(writing)).replace("{python}", sys.executable) for word in command]
-        # Entry points of this Python's environment are found, as they would be in its shell.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        variables = {**os.environ, "PATH": path, **(environment or {}), MARK: owner_mark()}
+        variables = {**environment(), **(further or {})}
         try:
             with log.open("ab") as output, namespace.entered():
                 process = subprocess.Popen(
