@@ -72,7 +72,7 @@ def run_program(command: Sequence[str], supervision: Supervision) -> NoReturn:
         listener = install_filter(supervision.options, has_receiver=supervision.make_receiver is not None)
         ours.send(_NUMBER.pack(listener))
         answer = ours.recv(_MESSAGE_SIZE)
-        os.close(listener)
+        os.close(listener)  # were it open with nobody there to answer, calls would wait for ever
     if answer != _READY:
         raise SupervisorError(answer.decode() or "it died before it was ready")
     for number in _PYTHON_IGNORES:

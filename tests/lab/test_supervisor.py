@@ -360,6 +360,28 @@ def test_signals_meant_for_the_programs_do_not_stop_the_supervisor(start: Start,
     assert run.output() == "failed 0 -\n"
 
 
+HELD_CALL = """
+import signal, socket
+signal.signal(signal.SIGUSR1, lambda *_: print("signal"))  # without SA_RESTART
+socket.socket().setsockopt(socket.SOL_IP, 11274, bytes(12))
+print("done")
+"""
+
+
+def test_a_call_under_way_is_finished_before_a_signal_is_handled(start: Start, gate: Path) -> None:
+    run = start(sys.executable, "-c", HELD_CALL, rules=[{"gate": str(gate)}])
+    wait_until(run.calls, "the call reaches the handler")
+    run.process.send_signal(signal.SIGUSR1)
+    gate.write_bytes(b"go on")
+    assert run.output() == "signal\ndone\n"
+
+
+def test_the_supervisor_is_out_of_reach_of_the_program_s_terminal(start: Start) -> None:
+    run = start("zorp_listener", "127.0.0.1", 0, "192.0.2.7", 80)
+    run.line()
+    assert os.getsid(run.supervisor()) not in (os.getsid(run.process.pid), run.supervisor())
+
+
 def test_a_slow_handler_delays_no_other_run(start: Start, gate: Path) -> None:
     slow = start("flood", 1, rules=[{"gate": str(gate)}])
     wait_until(slow.calls, "the call reaches the handler")

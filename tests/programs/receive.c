@@ -178,6 +178,28 @@ static void waiting(int fd)
 	pthread_join(thread, NULL);
 }
 
+/* A socket whose recvmsg a signal ended is closed by its close. */
+static void let_go(void)
+{
+	struct itimerval soon = {.it_value.tv_usec = 20000};
+	struct sigaction action = {.sa_handler = interrupted};
+	struct sockaddr_in self = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t length = sizeof self;
+	int fd = socket(AF_INET, SOCK_DGRAM, 0), tries = 1000;
+
+	need(bind(fd, (struct sockaddr *)&self, sizeof self), "bind");
+	need(getsockname(fd, (struct sockaddr *)&self, &length), "getsockname");
+	set(fd, IP_RECVORIGADDRS, 1, "RECVORIGADDRS");
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &soon, NULL);
+	one("signal-then-close", fd, 0);
+	close(fd);
+	fd = socket(AF_INET, SOCK_DGRAM, 0);
+	while (bind(fd, (struct sockaddr *)&self, sizeof self) < 0 && --tries)
+		usleep(1000);
+	printf("port is %s\n", tries ? "free" : "taken");
+}
+
 static void many(int fd)
 {
 	struct mmsghdr m[2] = {{.msg_hdr = message()}, {.msg_hdr = message()}};
@@ -198,6 +220,7 @@ int main(void)
 	plain(fd);
 	limits(fd);
 	waiting(fd);
+	let_go();
 	many(fd);
 	say(other, "abcd");
 	one("other-socket", other, 0);
