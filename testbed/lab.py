@@ -151,6 +151,8 @@ class Lab:
         if key in self.programs and self.programs[key].returncode is None:
             raise ServiceError(f"{node}/{service.name} runs already")
         log = self.directory / f"{node}.{service.name}.log"
+        if key not in self.programs:
+            log.unlink(missing_ok=True)  # of an earlier lab in this directory
         namespace = self._builder.namespace(node)
         program = Program.start(f"{node}/{service.name}", service.command, namespace, log, service.ready)
         self.programs[key] = program

@@ -1,0 +1,361 @@
+"""The main job: full transparency, seen from all sides.
+
+Builds topologies/transparent-proxy.yaml, fetches a file over IPv4 and IPv6 through a relay that nobody can see, asks a
+service that lives on somebody else's address, and then checks what the captures at every interface, the kernel and the
+engine say about it. Exit code 0 only if every check holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from testbed.trace import ladder
+
+from testbed import capabilities
+from testbed.build import BuildError
+from testbed.capture import CaptureError
+from testbed.checksums import checksum_errors
+from testbed.frames import Frame
+from testbed.lab import Lab, LabError
+from testbed.process import MARK, ServiceError, owner_mark, sweep
+from testbed.topology_file import load
+from testbed.traffic import content
+
+ROOT: Final = Path(__file__).parent.parent
+TOPOLOGY: Final = ROOT / "topologies" / "transparent-proxy.yaml"
+SIZE: Final = 1 << 20
+ENGINE_TABLE: Final = "nfq_tproxy"
+FOREIGN: Final = {4: "198.51.100.7", 6: "2001:db8::7"}
+DATAGRAMS: Final = 5
+RELAY_PORT: Final = 50080
+ESTABLISHED: Final = 1  # in /proc/net/tcp
+PATIENCE: Final = 10.0
+MOST_PROBLEMS: Final = 5
+TCP: Final = 6
+UDP: Final = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the lab left to be checked."""
+
+    frames: list[Frame]
+    fetched: dict[int, dict[str, Any]]
+    asked: dict[int, dict[str, Any]]
+    web_log: list[dict[str, Any]]
+    gateway_sockets: set[tuple[str, int]]
+    gateway_addresses: set[str]
+    client: dict[int, str]
+    server: dict[int, str]
+    counters: dict[str, Any]
+    connections: list[dict[str, Any]]
+    rules_before: str
+    rules_during: str
+    rules_after: str
+
+    def at(self, node: str, *protocols: int) -> list[Frame]:
+        """The TCP or UDP frames at a node's interfaces."""
+        return [
+            frame
+            for frame in self.frames
+            if frame.point.startswith(f"{node}:") and frame.ip is not None and frame.ip.protocol in protocols
+        ]
+
+
+Check = Callable[[Run], Iterator[str]]
+
+
+def client_saw_only_the_server(run: Run) -> Iterator[str]:
+    """the client only ever saw the server's address (and, for datagrams, the foreign one)"""
+    allowed = {*run.server.values(), *FOREIGN.values()}
+    for frame in run.at("client", TCP, UDP):
+        peer = frame.ip.destination if frame.outgoing else frame.ip.source
+        if peer not in allowed:
+            yield f"{frame}"
+    if not run.at("client", TCP):
+        yield "no TCP was seen at the client"
+
+
+def server_saw_the_client(run: Run) -> Iterator[str]:
+    """the server only ever saw the client's address"""
+    for frame in run.at("server", TCP):
+        peer = frame.ip.destination if frame.outgoing else frame.ip.source
+        if peer not in run.client.values():
+            yield f"{frame}"
+    peers = {line["peer"] for line in run.web_log if "peer" in line}
+    if peers != set(run.client.values()):
+        yield f"the web server's log names {sorted(peers)}, not {sorted(run.client.values())}"
+
+
+def relay_has_local_addresses(run: Run) -> Iterator[str]:
+    """the relay's sockets have local addresses (the kernel's socket tables, while it was working)"""
+    inward = {address for address, port in run.gateway_sockets if port == RELAY_PORT}
+    outward = {address for address, port in run.gateway_sockets if port != RELAY_PORT}
+    for name, addresses in (("accepted", inward), ("outward", outward)):
+        if not addresses:
+            yield f"no {name} socket of the relay was seen"
+        if strangers := addresses - run.gateway_addresses:
+            yield f"{name} sockets have the addresses {sorted(strangers)}"
+
+
+def bytes_are_identical(run: Run) -> Iterator[str]:
+    """the bytes are identical: the file over IPv4 and IPv6, and every datagram"""
+    right = hashlib.sha256(content(SIZE)).hexdigest()
+    for version, result in run.fetched.items():
+        if (result["sha256"], result["size"]) != (right, SIZE):
+            yield f"IPv{version}: {result['size']} bytes with SHA-256 {result['sha256']}, not {SIZE} with {right}"
+    for version, result in run.asked.items():
+        if result["answered"] != DATAGRAMS or result["senders"] != [f"{FOREIGN[version]} 7"]:
+            yield f"IPv{version}: {result}"
+
+
+def counters_agree_with_captures(run: Run) -> Iterator[str]:
+    """the engine's counters agree with the captures, packet for packet"""
+    seen = run.at("gateway", TCP, UDP)
+    hooks = {hook: sum(reasons.values()) for hook, reasons in run.counters["hooks"].items()}
+    arrived = sum(not frame.outgoing for frame in seen)
+    left = sum(frame.outgoing for frame in seen)
+    if hooks.get("PREROUTING", 0) != arrived:
+        yield f"{hooks.get('PREROUTING', 0)} packets at PREROUTING, {arrived} arrived"
+    # Everything that leaves the gateway is its own: it relays, it does not route.
+    for hook in ("OUTPUT", "POSTROUTING"):
+        if hooks.get(hook, 0) != left:
+            yield f"{hooks.get(hook, 0)} packets at {hook}, {left} left"
+    for connection in run.connections:
+        for direction, flow, outgoing in wire_of(connection, run.gateway_addresses):
+            captured = sum(frame.outgoing is outgoing and is_of(frame, flow) for frame in seen)
+            counted = connection["packets"][direction]
+            if captured != counted:
+                yield f"{direction} of {flow}: {counted} packets counted, {captured} captured"
+    queue = run.counters["queue"]
+    if queue["dropped_full"] or queue["dropped_unread"]:
+        yield f"the queue lost packets: {queue}"
+
+
+def wire_of(connection: dict[str, Any], gateway: set[str]) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """How a link shows each direction of a connection: its name, the flow, and whether that leaves the gateway."""
+    original, final, reply = connection["original"], connection["final"], connection["reply"]
+    if original["source"]["address"] in gateway:
+        yield "original", final, True
+        yield "reply", reply, False
+    else:
+        yield "original", original, False
+        yield "reply", {"source": original["destination"], "destination": original["source"]}, True
+
+
+def is_of(frame: Frame, flow: dict[str, Any]) -> bool:
+    """Is a frame's packet of this flow?"""
+    packet = frame.ip
+    assert packet is not None
+    source = {"address": packet.source, "port": packet.source_port}
+    destination = {"address": packet.destination, "port": packet.destination_port}
+    return flow == {"source": source, "destination": destination}
+
+
+def checksums_are_right(run: Run) -> Iterator[str]:
+    """every checksum on every link is right"""
+    for frame in run.frames:
+        for error in checksum_errors(frame):
+            yield f"{frame}: {error}"
+
+
+def rules_are_untouched(run: Run) -> Iterator[str]:
+    """nft list ruleset (without the engine's own table) and iptables-save are byte for byte what they were"""
+    for name, text in (("while the engine ran", run.rules_during), ("after it ended", run.rules_after)):
+        if text != run.rules_before:
+            yield f"{name}:\n{text}\nbefore:\n{run.rules_before}"
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    client_saw_only_the_server,
+    server_saw_the_client,
+    relay_has_local_addresses,
+    bytes_are_identical,
+    counters_agree_with_captures,
+    checksums_are_right,
+    rules_are_untouched,
+)
+
+
+def rules(lab: Lab) -> str:
+    """The gateway's ruleset, as nft and as iptables tell it, without the engine's table."""
+    tables = lab["gateway"].run(["nft", "list", "tables"]).stdout.split("\n")
+    listing = [
+        lab["gateway"].run(["nft", "--stateless", "list", *line.split()]).stdout
+        for line in tables
+        if line and line.split()[-1] != ENGINE_TABLE
+    ]
+    saved = lab["gateway"].run(["iptables-save"]).stdout
+    dated = [line for line in saved.splitlines() if not line.startswith("#")]
+    return "\n".join([*listing, *dated])
+
+
+def held_sockets(lab: Lab, version: int) -> set[tuple[str, int]]:
+    """Local address and port of the gateway's TCP sockets while a connection is held open through the relay."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with lab["client"].namespace.socket(family, socket.SOCK_STREAM) as held:
+        held.settimeout(PATIENCE)
+        held.connect((lab["server"].address(version), 80))
+        held.sendall(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n")
+        held.recv(1)  # the answer has begun, so both of the relay's sockets are there; HTTP/1.1 keeps them open
+        return lab["gateway"].call(connected_sockets)
+
+
+def connected_sockets() -> set[tuple[str, int]]:
+    """Local address and port of every connected TCP socket of this thread's namespace (proc_net_tcp)."""
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if int(state, 16) != ESTABLISHED:
+                continue
+            digits, _, port = local.partition(":")
+            # Each 32-bit word is in the machine's byte order.
+            words = [int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8)]
+            address = ipaddress.ip_address(socket.inet_ntop(family, b"".join(words)))
+            mapped = getattr(address, "ipv4_mapped", None)
+            found.add((str(mapped or address), int(port, 16)))
+    return found
+
+
+def work(lab: Lab) -> Run:
+    """Let the lab do its job, and gather what there is to check."""
+    client, gateway, server = lab["client"], lab["gateway"], lab["server"]
+    assert lab.capture is not None
+    # A rule of the user's, made with iptables: it must not change either.
+    gateway.run(["iptables", "-A", "FORWARD", "-p", "tcp", "--dport", "8080", "-j", "ACCEPT"])
+    before = rules(lab)
+    lab.start_programs()
+    fetched, asked = {}, {}
+    sockets: set[tuple[str, int]] = set()
+    python = (sys.executable, "-m", "testbed.traffic")
+    for version in (4, 6):
+        address = server.address(version)
+        host = f"[{address}]" if version == 6 else address
+        fetched[version] = json.loads(client.run([*python, "fetch", f"http://{host}/file"]).stdout)
+        asking = [*python, "udp-ask", FOREIGN[version], "--port", "7", "--count", str(DATAGRAMS)]
+        asked[version] = json.loads(client.run(asking).stdout)
+        sockets |= held_sockets(lab, version)
+    counters = json.loads(gateway.run(["tproxyctl", "counters", "--json"]).stdout)
+    connections = json.loads(gateway.run(["tproxyctl", "connections", "--json"]).stdout)
+    during = rules(lab)
+    lab.capture.settle()
+    lab.capture.verify()
+    frames = lab.capture.frames()
+    lab.programs["gateway", "tproxyd"].stop()
+    web_log = lab.programs["server", "web"].log.read_text().splitlines()
+    return Run(
+        frames=frames,
+        fetched=fetched,
+        asked=asked,
+        web_log=[json.loads(line) for line in web_log if line.startswith("{")],
+        gateway_sockets=sockets,
+        gateway_addresses={str(address.ip) for address in gateway.addresses},
+        client={version: client.address(version) for version in (4, 6)},
+        server={version: server.address(version) for version in (4, 6)},
+        counters=counters,
+        connections=connections,
+        rules_before=before,
+        rules_during=during,
+        rules_after=rules(lab),
+    )
+
+
+def leftovers(before: set[str]) -> list[str]:
+    """What a lab that has ended left on the machine: processes, namespaces, interfaces."""
+    mark = f"{MARK}={owner_mark()}".encode()
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
+            try:
+                is_ours = mark in (directory / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if is_ours:
+                found.append(f"process {directory.name}")
+    here = Path("/proc/self/ns/net").stat().st_ino
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(descriptor.readlink())
+        except OSError:
+            continue
+        if target.startswith("net:") and target != f"net:[{here}]":
+            found.append(f"namespace {target}")
+    return found + sorted(interfaces() - before)
+
+
+def interfaces() -> set[str]:
+    """The interfaces of this namespace, and the named namespaces of the machine."""
+    named = Path("/run/netns")
+    names = {f"named namespace {path.name}" for path in named.iterdir()} if named.is_dir() else set()
+    return {f"interface {name}" for _, name in socket.if_nameindex()} | names
+
+
+def report(console: Console, what: str, problems: list[str]) -> bool:
+    """Print one check's line, and what is wrong below it."""
+    console.print(("[red]FAILED[/] " if problems else "[green]ok[/]     ") + what.replace("[", "\\["))
+    for problem in problems[:MOST_PROBLEMS]:
+        console.print(f"         {problem}", markup=False, highlight=False)
+    if len(problems) > MOST_PROBLEMS:
+        console.print(f"         and {len(problems) - MOST_PROBLEMS} more")
+    return not problems
+
+
+def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
+    """Run the lab and every check on it; True if all hold."""
+    topology = load(TOPOLOGY)
+    before = interfaces()
+    with Lab(topology, directory, programs=False, engine_options={"gateway": ("--datapath", datapath)}) as lab:
+        run = work(lab)
+    console.rule(f"one connection, seen at {len({frame.point for frame in run.frames})} points")
+    console.print(ladder(run.frames, first_connection(run)), soft_wrap=True, markup=False, highlight=False)
+    console.rule("checks")
+    results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in CHECKS]
+    results.append(report(console, "nothing is left behind", leftovers(before)))
+    console.print(f"\ncaptures (pcapng) and logs: {directory}", markup=False, highlight=False)
+    return all(results)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Full transparency, seen from all sides: client, gateway, server, tproxy, and what captures say.",
+        epilog="Exit code: 0 if every check holds, 1 if one does not, 2 if the lab cannot be built here.",
+    )
+    parser.add_argument("--directory", type=Path, help="where captures and logs go (default: a new one below /tmp)")
+    parser.add_argument("--datapath", choices=("inline",), default="inline", help="who translates (default: inline)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the demo."""
+    arguments = parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    sweep()
+    found = capabilities.probe()
+    if text := capabilities.explain(found):
+        console.print(text, markup=False, highlight=False)
+    if found.missing(required=True):
+        return 2
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="tproxy-demo-"))
+    try:
+        return 0 if demonstrate(console, directory, arguments.datapath) else 1
+    except (BuildError, CaptureError, LabError, ServiceError, OSError) as error:
+        console.print(f"FAILED: {error}", markup=False, highlight=False, style="red")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
