@@ -41,6 +41,8 @@ class Reason(StrEnum):
     CLASH = "clash"  # the mapping's addresses belong to a living connection
     NO_FREE_PORT = "no-free-port"  # every port of the range is taken
     NO_INTERFACE_ADDRESS = "no-interface-address"  # a TPROXY rule without --on-ip, an interface without an address
+    MAP_FULL = "map-full"  # datapath kernel: no room for the mapping's element
+    MAP_REFUSED = "map-refused"  # datapath kernel: nft refused the element, or did not answer
     OVERSIZED = "oversized"  # too large to come whole from the queue, and to be rewritten
     FAULT = "fault"  # an error of the engine's own
 

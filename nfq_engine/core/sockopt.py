@@ -22,8 +22,8 @@ from nfq_engine.core.option import (
     unpack_operation,
 )
 from nfq_engine.core.packet import Endpoint, Protocol
-from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.sockref import Flag, Sockref
+from nfq_engine.core.tproxy_table import TproxyTable
 
 VERSION: Final = (2, 0, 0)
 
@@ -50,11 +50,11 @@ class Socket:
 
 
 class SocketApi:
-    """The calls, on an engine's sockrefs and connections."""
+    """The calls, on a table's sockrefs and their connections."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._sockrefs = engine.sockrefs
+    def __init__(self, table: TproxyTable) -> None:
+        self._table = table
+        self._sockrefs = table.sockrefs
 
     def set(self, socket: Socket, argument: bytes, now: float) -> int:
         """setsockopt(IP_TPROXY): 0 or an errno."""
@@ -105,7 +105,7 @@ class SocketApi:
             sockref.flags |= Flag.ORPHAN  # it goes with its last connection (Engine.forget)
             return 0
         if sockref.protocol is Protocol.UDP:
-            self._engine.delete_related(sockref)
+            self._table.delete_related(sockref)
         self._sockrefs.remove(sockref)
         return 0
 
@@ -182,7 +182,7 @@ class SocketApi:
             return errno.EINVAL
         if kind == Flag.ESTABLISHED and not sockref.has_remote:
             return errno.EINVAL
-        self._engine.delete_related(sockref)
+        self._table.delete_related(sockref)
         sockref.flags = Flag(wanted) | sockref.flags & Flag.CONNECT_ONLY
         return 0
 
@@ -195,9 +195,9 @@ class SocketApi:
             return 0
         if sockref.foreign.port:
             return errno.EINVAL
-        for port in self._engine.allocator.ports.from_random(self._engine.allocator.chance):
+        for port in self._table.ports.from_random(self._table.chance):
             foreign = Endpoint(sockref.foreign.address, port)
-            if not self._sockrefs.at_foreign(sockref.protocol, foreign):
+            if not self._sockrefs.has_foreign(sockref.protocol, foreign):
                 self._sockrefs.set_foreign(sockref, foreign)
                 return 0
         return errno.EFAULT

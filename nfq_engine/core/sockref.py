@@ -107,6 +107,14 @@ class SockrefTable:
         """All sockrefs with a foreign endpoint, oldest first."""
         return list(self._by_foreign.get((protocol, foreign), ()))
 
+    def has_local(self, protocol: Protocol, local: Endpoint) -> bool:
+        """Is there a sockref with a local endpoint?"""
+        return (protocol, local) in self._by_local
+
+    def has_foreign(self, protocol: Protocol, foreign: Endpoint) -> bool:
+        """Is there a sockref with a foreign endpoint?"""
+        return (protocol, foreign) in self._by_foreign
+
     def find_local(
         self, protocol: Protocol, local: Endpoint, remote: Endpoint, accept: Callable[[Sockref], bool]
     ) -> Sockref | None:

@@ -9,30 +9,29 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 from nfq_engine import wire
-from nfq_engine.core.conntrack import Connection, Direction, Stage
-from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
-from nfq_engine.core.pipeline import Engine
+from nfq_engine.core.packet import FlowTuple, Protocol
 from nfq_engine.core.rule_text import RuleError, parse_command
 from nfq_engine.core.sockopt import Socket, SocketApi
-from nfq_engine.core.sockref import Sockref
 from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
+from nfq_engine.shell.datapath import Datapath
+from nfq_engine.shell.forms import endpoint_from, sockref_form
 
 _Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Message]
 
 
 class Answers:
-    """Answers requests about one engine.
+    """Answers requests about one datapath and its table.
 
     `settle` is called first for what depends on news that may still wait: closed sockets, packets counted elsewhere.
     """
 
-    def __init__(self, engine: Engine, settle: Callable[[], None], status: Callable[[], wire.Message]) -> None:
-        self._engine = engine
-        self.socket_api = SocketApi(engine)
+    def __init__(self, datapath: Datapath, settle: Callable[[], None], status: Callable[[], wire.Message]) -> None:
+        self._datapath = datapath
+        self._table = datapath.table
+        self.socket_api = SocketApi(datapath.table)
         self._settle = settle
         self._status = status
         self._namespace = sockets.own_namespace()
@@ -79,19 +78,11 @@ class Answers:
             protocol = facts.protocol
         else:
             protocol = Protocol(request["protocol"])
-            local, peer = _endpoint(request["local"]), _endpoint(request["peer"])
-        connection = self._mapped_connection(FlowTuple(protocol, peer, local))
-        if connection is None:
+            local, peer = endpoint_from(request["local"]), endpoint_from(request["peer"])
+        original = self._datapath.original_destination(FlowTuple(protocol, peer, local))
+        if original is None:
             raise OSError(errno.ENOENT, "no mapped connection has these addresses")
-        original = connection.original.destination
         return {"address": original.address.hex(), "port": original.port}
-
-    def _mapped_connection(self, inside: FlowTuple) -> Connection | None:
-        """The mapped connection that a local socket sees as `inside`."""
-        entry = self._engine.connections.find(Stage.DESTINATION, inside.inverse())
-        if entry is None or entry.direction is not Direction.REPLY or not entry.connection.is_mapped:
-            return None
-        return entry.connection
 
     # The ruleset.
 
@@ -100,20 +91,19 @@ class Answers:
         arguments = request["arguments"]
         if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError("arguments is a list of strings")
-        return {"output": self._engine.ruleset.apply(parse_command(arguments))}
+        return {"output": self._table.ruleset.apply(parse_command(arguments))}
 
     # Looking inside.
 
     def _sockrefs(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
-        return {"sockrefs": [_sockref(entry) for entry in self._engine.sockrefs]}
+        return {"sockrefs": [sockref_form(entry) for entry in self._table.sockrefs]}
 
     def _connections(self, caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
         _require_privilege(caller)
-        now = time.monotonic()
-        return {"connections": [_connection(connection, now) for connection in self._engine.connections]}
+        return {"connections": self._datapath.connections()}
 
     def _counters(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
-        counters = self._engine.counters
+        counters = self._table.counters
         hooks: dict[str, dict[str, int]] = {}
         for (hook, reason), packets in sorted(counters.packets.items()):
             hooks.setdefault(hook.name, {})[reason.value] = packets
@@ -121,8 +111,8 @@ class Answers:
             "counters": {
                 "hooks": hooks,
                 "malformed": dict(counters.malformed),
-                "connections": len(self._engine.connections),
-                "sockrefs": len(self._engine.sockrefs),
+                "connections": self._datapath.connection_count(),
+                "sockrefs": len(self._table.sockrefs),
                 **self._status(),
             }
         }
@@ -143,56 +133,3 @@ def _require_privilege(caller: Caller) -> None:
     """OSError(EPERM) for callers without CAP_NET_ADMIN here."""
     if not sockets.may_administer(caller.pid):
         raise OSError(errno.EPERM, "this needs CAP_NET_ADMIN in the engine's network namespace")
-
-
-def _endpoint(value: Any) -> Endpoint:
-    """An endpoint from its JSON form, a list of hexadecimal address and port."""
-    address, port = value
-    return Endpoint(bytes.fromhex(address), int(port))
-
-
-def _endpoint_text(endpoint: Endpoint) -> dict[str, str | int]:
-    text, _, _ = str(endpoint).rpartition(":")
-    return {"address": text.strip("[]"), "port": endpoint.port}
-
-
-def _sockref(sockref: Sockref) -> wire.Message:
-    """A sockref as JSON."""
-    return {
-        "protocol": sockref.protocol.name.lower(),
-        "local": _endpoint_text(sockref.local),
-        "foreign": _endpoint_text(sockref.foreign),
-        "remote": _endpoint_text(sockref.remote),
-        "flags": [flag.name for flag in sockref.flags],
-        "flags_value": int(sockref.flags),
-        "related": len(sockref.related),
-        "sockets": len(sockref.cookies),
-        "hashed": sockref.hashed,
-        "owner": sockref.owner,
-    }
-
-
-def _connection(connection: Connection, now: float) -> wire.Message:
-    """A connection as JSON."""
-    packets_original, bytes_original = connection.traffic(Direction.ORIGINAL)
-    packets_reply, bytes_reply = connection.traffic(Direction.REPLY)
-    return {
-        "id": connection.identifier,
-        "protocol": connection.original.protocol.name.lower(),
-        "state": connection.state.value,
-        "original": _flow(connection.original),
-        "inside": _flow(connection.inside),
-        "final": _flow(connection.final),
-        "reply": _flow(connection.reply),
-        "is_mapped": connection.is_mapped,
-        "is_marked": connection.is_marked,
-        "rule": connection.rule,
-        "packets": {"original": packets_original, "reply": packets_reply},
-        "bytes": {"original": bytes_original, "reply": bytes_reply},
-        "age": round(now - connection.created, 3),
-        "expires_in": round(connection.expires - now, 3),
-    }
-
-
-def _flow(flow: FlowTuple) -> wire.Message:
-    return {"source": _endpoint_text(flow.source), "destination": _endpoint_text(flow.destination)}

@@ -1,31 +1,39 @@
-"""The engine's own nft table: which packets come to the queue, and at which hooks.
+"""The engine's own nft table: which packets come to the queue, at which hooks, and where the kernel's NAT looks.
 
 Owns: the table `nfq_tproxy` and nothing else; no table of the user's is read or changed. Must not know what happens to
-the packets.
+the packets. The hooks and priorities, with conntrack at -200, nat at -100 and 100, the user's filter at 0:
 
-The hooks and priorities, with conntrack at -200, nat at -100 and 100, the user's filter at 0:
-
+    datapath inline: every packet
     PREROUTING   -300  after defragmentation (-400), before conntrack: conntrack sees inside addresses, always
     OUTPUT       -300  the same; the kernel routes again when the destination changed
     POSTROUTING   300  after everything: only the wire sees the foreign source
 
-Packets that arrive on `lo` are left alone at PREROUTING: they have been at OUTPUT and POSTROUTING already. The rules
-with `ct` carry the mark over to the connection and back; they are also what makes the kernel put fragments together (it
-does so only in a namespace that uses conntrack).
+    datapath kernel: the first packet of a connection, that is, one whose conntrack entry is not confirmed yet
+    PREROUTING   -130  after conntrack, where the original had its table; then our nat chain at -101
+    OUTPUT       -130  the same
+    POSTROUTING    98  then our nat chain at 99
 
-Removing a base chain drops whatever is queued in the namespace, so the table is built once and stays until the end.
-A table left by an engine that was killed keeps diverting to a queue that nobody reads: the packets are dropped, or
-pass untranslated with `fail_open`. The next engine replaces it.
+With `inline`, packets that arrive on `lo` are left alone at PREROUTING: they have been at OUTPUT and POSTROUTING
+already. The rules with `ct` carry the mark over to the connection and back; they are also what makes the kernel put
+fragments together (it does so only in a namespace that uses conntrack).
+
+With `kernel`, a packet that the engine has decided on carries the mark when it comes to the nat chains, which look for
+its mapping in the maps only then. Their elements are put in just before the packet is let go (kernel_nat.py).
+
+Removing a base chain drops whatever is queued in the namespace, and removing the last nat chain ends all translation,
+so the table is built once and stays until the end. A table left by an engine that was killed keeps diverting to a queue
+that nobody reads: the packets are dropped, or pass untranslated with `fail_open`. The next engine takes it over as it
+is, if it has the same layout, so that connections which the kernel translates go on.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-import struct
-import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
+
+from nfq_engine.shell import nftables
+from nfq_engine.shell.nftables import NftError, NftSocket
 
 # A queue message carries 65531 bytes of packet (queue.py); packets on lo have up to 65535. TCP is told to stay below,
 # with 60 bytes of IPv6 and TCP header. nft only ever lowers a segment size (net/netfilter/nft_exthdr.c).
@@ -36,27 +44,26 @@ _TO_QUEUE: Final = "to_queue"
 _ICMP_ERRORS: Final = "destination-unreachable, source-quench, redirect, time-exceeded, parameter-problem"
 _ICMPV6_ERRORS: Final = "destination-unreachable, packet-too-big, time-exceeded, parameter-problem"
 
-# Netlink numbers: linux/netfilter/nfnetlink.h, nf_tables.h, nf_tables_compat.h, xt_NFQUEUE.h
-_NETLINK_NETFILTER: Final = 12
-_BATCH_BEGIN: Final = 16
-_BATCH_END: Final = 17
-_NFNL_SUBSYS_NFTABLES: Final = 10
-_NFT_MSG_NEWRULE: Final = _NFNL_SUBSYS_NFTABLES << 8 | 6
-_REQUEST: Final = 1
-_ACK: Final = 4
-_CREATE_APPEND: Final = 0x400 | 0x800
-_NLA_F_NESTED: Final = 0x8000
-_NFPROTO_INET: Final = 1
-_NFQUEUE_REVISION: Final = 3
-_NFQUEUE_BYPASS: Final = 1
+_MAP_SIZE: Final = 65536  # elements; each is there for the packets of one turn
+_MAP_TIMEOUT: Final = "10s"
+_UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
 
 
 class DivertError(Exception):
     """The table could not be built; the message says what the kernel or nft said."""
 
 
-def table_text(mark: int) -> str:
-    """The table in nft's language, but for the one rule of its chain `to_queue`."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The chains and sets of a datapath. `name` is that of an empty chain by which a table left behind is recognised,
+    so it must change with the chains, their hooks, or the sets; `text` makes the table for a mark."""
+
+    name: str
+    sets: tuple[str, ...]
+    text: Callable[[int], str]
+
+
+def _inline_text(mark: int) -> str:
     return f"""
 table inet {TABLE} {{
     chain {_TO_QUEUE} {{
@@ -100,85 +107,122 @@ table inet {TABLE} {{
 """
 
 
-def build(queue: int, mark: int, *, fail_open: bool) -> str:
-    """Build the table, in the place of one that was left behind; tells which kind of queue rule the kernel took.
+def _kernel_text(mark: int) -> str:
+    is_marked = f"meta mark & {mark:#x} == {mark:#x}"
+    tuple4 = "meta l4proto . ip saddr . th sport . ip daddr . th dport"
+    tuple6 = "meta l4proto . ip6 saddr . th sport . ip6 daddr . th dport"
+    return f"""
+table inet {TABLE} {{
+    {_map_text("destination4", "ipv4_addr")}
+    {_map_text("destination6", "ipv6_addr")}
+    {_map_text("source4", "ipv4_addr")}
+    {_map_text("source6", "ipv6_addr")}
+    chain {_TO_QUEUE} {{
+    }}
+    chain diverted {{
+        meta l4proto {{ tcp, udp }} {_UNCONFIRMED} jump {_TO_QUEUE}
+    }}
+    chain recall_mark {{
+        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+    }}
+    chain to_destination {{
+        ct mark set ct mark | {mark:#x}
+        dnat ip to {tuple4} map @destination4
+        dnat ip6 to {tuple6} map @destination6
+    }}
+    chain to_source {{
+        ct mark set ct mark | {mark:#x}
+        snat ip to {tuple4} map @source4
+        snat ip6 to {tuple6} map @source6
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority -130; policy accept;
+        jump recall_mark
+        jump diverted
+    }}
+    chain output {{
+        type filter hook output priority -130; policy accept;
+        jump recall_mark
+        jump diverted
+    }}
+    chain postrouting {{
+        type filter hook postrouting priority 98; policy accept;
+        jump diverted
+    }}
+    chain nat_prerouting {{
+        type nat hook prerouting priority -101; policy accept;
+        {is_marked} jump to_destination
+    }}
+    chain nat_output {{
+        type nat hook output priority -101; policy accept;
+        {is_marked} jump to_destination
+    }}
+    chain nat_postrouting {{
+        type nat hook postrouting priority 99; policy accept;
+        {is_marked} jump to_source
+    }}
+}}
+"""
+
+
+def _map_text(name: str, address: str) -> str:
+    """A map from the tuple of a packet to an endpoint."""
+    key = f"inet_proto . {address} . inet_service . {address} . inet_service"
+    return f"""map {name} {{
+        type {key} : {address} . inet_service
+        flags timeout
+        timeout {_MAP_TIMEOUT}
+        size {_MAP_SIZE}
+    }}"""
+
+
+INLINE: Final = Layout("layout_inline_1", (), _inline_text)
+KERNEL: Final = Layout("layout_kernel_1", ("destination4", "destination6", "source4", "source6"), _kernel_text)
+
+
+def build(layout: Layout, queue: int, mark: int, *, fail_open: bool) -> str:
+    """Build the table, or take over one of the same layout; tells which kind of queue rule the kernel took.
 
     One nft transaction makes the table, complete, where the kernel has the `queue` statement. Where it has not, the
-    table is made with an empty `to_queue`, which diverts nothing yet, and a second transaction adds the NFQUEUE target.
+    chain `to_queue` drops, and a second transaction puts the NFQUEUE target in the place of that.
     """
-    text = _removal() + table_text(mark)
-    statement = f"queue flags bypass to {queue}" if fail_open else f"queue to {queue}"
-    if _nft(f"{text}add rule inet {TABLE} {_TO_QUEUE} {statement}\n") is None:
-        return "nft queue statement"
-    problem = _nft(text)
-    if problem is not None:
-        raise DivertError(f"nft refused the table {TABLE}: {problem}")
+    text = _cleared(layout) + layout.text(mark) + f"add chain inet {TABLE} {layout.name}\n"
+    to_queue = f"add rule inet {TABLE} {_TO_QUEUE}"
     try:
-        _add_target(queue, fail_open=fail_open)
+        nftables.run(f"{text}{to_queue} queue {'flags bypass ' if fail_open else ''}to {queue}\n")
+        return "nft queue statement"
+    except NftError:
+        pass  # there is no such statement, or else the next transaction fails as well
+    try:
+        nftables.run(f"{text}{to_queue} {'accept' if fail_open else 'drop'}\n")
+    except NftError as error:
+        raise DivertError(f"nft refused the table {TABLE}: {error}") from error
+    nft = NftSocket(TABLE)
+    try:
+        nft.replace_by_target(_TO_QUEUE, queue, bypass=fail_open)
     except OSError as error:
         remove()
         raise DivertError(
             "this kernel has neither nft's queue statement (CONFIG_NFT_QUEUE) nor the NFQUEUE target "
             f"(CONFIG_NETFILTER_XT_TARGET_NFQUEUE, CONFIG_NFT_COMPAT): {error.strerror}"
         ) from error
+    finally:
+        nft.close()
     return "NFQUEUE target"
 
 
 def remove() -> None:
     """Remove the table, if it is there."""
-    _nft(_removal())
+    nftables.run(_REMOVAL)
 
 
-def _removal() -> str:
-    """nft text that leaves no table of ours, whether or not there was one."""
-    return f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+_REMOVAL: Final = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
 
 
-def _nft(text: str) -> str | None:
-    """Run one nft transaction: None, or what nft complained of."""
+def _cleared(layout: Layout) -> str:
+    """nft text that empties a table of this layout, and removes one of another, whether or not there is one."""
     try:
-        result = subprocess.run(["nft", "-f", "-"], input=text, text=True, capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise DivertError("the command nft is missing: install the package nftables") from error
-    return None if result.returncode == 0 else result.stderr.strip() or f"exit status {result.returncode}"
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
-
-
-def _nested(kind: int, *inner: bytes) -> bytes:
-    return _attribute(kind | _NLA_F_NESTED, b"".join(inner))
-
-
-def _message(kind: int, flags: int, family: int, resource: int, body: bytes = b"") -> bytes:
-    content = struct.pack("!BBH", family, 0, resource) + body
-    return struct.pack("=IHHII", 16 + len(content), kind, flags, 0, 0) + content
-
-
-def _add_target(queue: int, *, fail_open: bool) -> None:
-    """Add the xtables target NFQUEUE, revision 3, as the one rule of `to_queue`; OSError as the kernel says."""
-    info = struct.pack("=HHH2x", queue, 1, _NFQUEUE_BYPASS if fail_open else 0)
-    target = _nested(
-        2,  # NFTA_EXPR_DATA
-        _attribute(1, b"NFQUEUE\0"),  # NFTA_TARGET_NAME
-        _attribute(2, struct.pack("!I", _NFQUEUE_REVISION)),  # NFTA_TARGET_REV
-        _attribute(3, info),  # NFTA_TARGET_INFO
-    )
-    rule = b"".join(
-        (
-            _attribute(1, TABLE.encode() + b"\0"),  # NFTA_RULE_TABLE
-            _attribute(2, _TO_QUEUE.encode() + b"\0"),  # NFTA_RULE_CHAIN
-            _nested(4, _nested(1, _attribute(1, b"target\0"), target)),  # NFTA_RULE_EXPRESSIONS, one NFTA_LIST_ELEM
-        )
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-        netlink.bind((0, 0))
-        netlink.send(
-            _message(_BATCH_BEGIN, _REQUEST, socket.AF_UNSPEC, _NFNL_SUBSYS_NFTABLES)
-            + _message(_NFT_MSG_NEWRULE, _REQUEST | _ACK | _CREATE_APPEND, _NFPROTO_INET, 0, rule)
-            + _message(_BATCH_END, _REQUEST, socket.AF_UNSPEC, _NFNL_SUBSYS_NFTABLES)
-        )
-        (code,) = struct.unpack_from("=i", netlink.recv(8192), 16)
-    if code:
-        raise OSError(-code, os.strerror(-code) if -code in errno.errorcode else f"error {-code}")
+        nftables.run(f"list chain inet {TABLE} {layout.name}\n")
+    except NftError:
+        return _REMOVAL
+    return f"flush table inet {TABLE}\n" + "".join(f"flush map inet {TABLE} {name}\n" for name in layout.sets)

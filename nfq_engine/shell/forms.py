@@ -1,0 +1,45 @@
+"""Values as they go over the control socket, in the shape that `tproxyctl --json` prints.
+
+Owns: the JSON of endpoints, flows and sockrefs. Must not know who asks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nfq_engine import wire
+from nfq_engine.core.packet import Endpoint, FlowTuple
+from nfq_engine.core.sockref import Sockref
+
+
+def endpoint_from(value: Any) -> Endpoint:
+    """An endpoint from its form in a request, a list of hexadecimal address and port; ValueError, TypeError."""
+    address, port = value
+    return Endpoint(bytes.fromhex(address), int(port))
+
+
+def endpoint_form(endpoint: Endpoint) -> dict[str, str | int]:
+    """An endpoint for people."""
+    text, _, _ = str(endpoint).rpartition(":")
+    return {"address": text.strip("[]"), "port": endpoint.port}
+
+
+def flow_form(flow: FlowTuple) -> wire.Message:
+    """One direction of a connection."""
+    return {"source": endpoint_form(flow.source), "destination": endpoint_form(flow.destination)}
+
+
+def sockref_form(sockref: Sockref) -> wire.Message:
+    """A sockref."""
+    return {
+        "protocol": sockref.protocol.name.lower(),
+        "local": endpoint_form(sockref.local),
+        "foreign": endpoint_form(sockref.foreign),
+        "remote": endpoint_form(sockref.remote),
+        "flags": [flag.name for flag in sockref.flags],
+        "flags_value": int(sockref.flags),
+        "related": len(sockref.related),
+        "sockets": len(sockref.cookies),
+        "hashed": sockref.hashed,
+        "owner": sockref.owner,
+    }

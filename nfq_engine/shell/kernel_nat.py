@@ -1,0 +1,222 @@
+"""Datapath `kernel`: first packets come here, mappings go into the table's maps, the kernel's NAT does the rest.
+
+Owns: the queue's callback, the elements of the maps, the reports of conntrack. Must not decide anything
+(`core.kernel_engine`). Place in the path: between the queue and the engine.
+
+A packet whose connection is to be mapped is held back until its element is in a map (divert.py tells which), and only
+then accepted: it goes on from our filter chain to our nat chain within that call, and finds the element. All packets of
+one turn share one transaction. An element has done its work when its packet was accepted, so the next transaction takes
+it out again; the timeout of the maps is for those of an engine that was killed. What cannot be put in is dropped and
+counted: no packet goes on untranslated.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from nfq_engine import wire
+from nfq_engine.core.conntrack import Stage
+from nfq_engine.core.decision import Decision, Reason, Verdict
+from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
+from nfq_engine.core.packet import Endpoint, FlowTuple, Hook
+from nfq_engine.core.tracked import Tracked, Traffic
+from nfq_engine.shell import divert
+from nfq_engine.shell.ctnetlink import ConntrackNews, KernelConntrack
+from nfq_engine.shell.datapath import Datapath, Source, log
+from nfq_engine.shell.forms import flow_form
+from nfq_engine.shell.interfaces import HostInterfaces
+from nfq_engine.shell.nftables import Element, NftSocket
+from nfq_engine.shell.queue import QueuedPacket, SliceOver
+
+_REASONS: Final = {errno.ENFILE: Reason.MAP_FULL}
+
+_Held = tuple[QueuedPacket, Hook, Decision, Mapping]
+
+
+class KernelDatapath(Datapath):
+    """The kernel's NAT rewrites."""
+
+    layout = divert.KERNEL
+
+    def __init__(self, engine: KernelEngine, interfaces: HostInterfaces, conntrack: KernelConntrack, mark: int) -> None:
+        super().__init__(engine, interfaces, mark)
+        self._engine = engine
+        self._conntrack = conntrack
+        self._news = ConntrackNews(mark)
+        self._nft = NftSocket(divert.TABLE)
+        self._held: list[_Held] = []
+        self._spent: dict[str, list[bytes]] = {}  # keys by map, put in for packets that have been released
+
+    def callback(self) -> Callable[[QueuedPacket], None]:
+        """Decide on a first packet; give its verdict now, or when its mapping is in place."""
+        return self._handle
+
+    def release(self) -> None:
+        """Put the mappings of all packets that are held into place, and let the packets go."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        failure = self._put([mapping for *_, mapping in held])
+        for packet, hook, decision, mapping in held:
+            # One that is refused takes all of its transaction with it, so each gets another try by itself.
+            problem = self._put([mapping]) if failure and len(held) > 1 else failure
+            if problem:
+                decision = Decision(
+                    Verdict.DROP, _REASONS.get(problem, Reason.MAP_REFUSED), detail=f"{mapping.flow} to {mapping.to}"
+                )
+            self._engine.counters.count(hook, decision.reason)
+            self._give(packet, hook, decision)
+
+    @property
+    def sources(self) -> Iterable[tuple[Source, Callable[[], object]]]:
+        """Conntrack's reports."""
+        return ((self._news, self._read_news),)
+
+    def settle(self) -> None:
+        """Read conntrack's reports."""
+        self._read_news()
+
+    def tick(self, now: float) -> None:
+        """Forget decisions that came to nothing, and take the last elements out."""
+        super().tick(now)
+        self._engine.expire(now)
+        self._clear()
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._news.close()
+        self._nft.close()
+        self._conntrack.close()
+
+    def connections(self) -> list[wire.Message]:
+        """The kernel's conntrack entries that carry our mark."""
+        return [self._form(entry) for entry in self._conntrack.ours()]
+
+    def connection_count(self) -> int:
+        """How many entries carry our mark."""
+        return len(self._conntrack.ours())
+
+    def original_destination(self, inside: FlowTuple) -> Endpoint | None:
+        """From the kernel's conntrack."""
+        reply = inside.inverse()
+        entry = self._conntrack.find(reply)
+        if entry is None or entry.reply != reply or not entry.is_mapped or not entry.mark & self._mark:
+            return None
+        return entry.original.destination
+
+    def _handle(self, packet: QueuedPacket) -> None:
+        data = packet.get_payload()
+        if self._is_for_later(packet, data):
+            return
+        hook = Hook(packet.hook)
+        try:
+            first = self._engine.decide(self._arrival(packet, hook, data))
+        except Exception:
+            first = FirstDecision(self._fault(hook, data))
+        if first.mapping is not None:
+            self._held.append((packet, hook, first.decision, first.mapping))
+        else:
+            if first.decision.is_marked and first.flow is not None and self._is_spent(first.flow):
+                self._clear()  # or the packet would find what another one with its tuple left
+            self._engine.counters.count(hook, first.decision.reason)
+            self._give(packet, hook, first.decision)
+        if time.monotonic() > self.slice_end:
+            raise SliceOver
+
+    def _read_news(self) -> None:
+        reports, is_complete = self._news.read()
+        for report in reports:
+            if report.is_new:
+                self._engine.appeared(report.entry)
+            else:
+                self._engine.went(report.entry)
+        if not is_complete:
+            log.warning("reports of conntrack were lost: comparing with all that it has")
+            self._engine.resynchronise()
+
+    # The maps.
+
+    def _put(self, mappings: Sequence[Mapping]) -> int:
+        """Put mappings in, in the place of those that have done their work; 0, or the errno of the refusal."""
+        added: dict[str, dict[bytes, bytes]] = {}
+        for mapping in mappings:
+            added.setdefault(_map_of(mapping), {})[_key(mapping.flow)] = _endpoint(mapping.to)
+        elements: dict[str, Iterable[Element]] = {name: inside.items() for name, inside in added.items()}
+        try:
+            try:
+                self._nft.change(elements, self._spent)
+            except OSError as error:
+                if not self._spent or error.errno == errno.ETIMEDOUT:
+                    raise
+                self._nft.change(elements)  # elements have timed out meanwhile: there is nothing to take out
+            return 0
+        except OSError as error:
+            return error.errno or errno.EIO
+        finally:
+            self._spent = {name: list(inside) for name, inside in added.items()}
+
+    def _is_spent(self, flow: FlowTuple) -> bool:
+        """Is there still an element for this tuple?"""
+        return bool(self._spent) and any(_key(flow) in keys for keys in self._spent.values())
+
+    def _clear(self) -> None:
+        """Take the last elements out while nothing else is put in."""
+        spent, self._spent = self._spent, {}
+        if spent:
+            try:
+                self._nft.change({}, spent)
+            except OSError as error:
+                log.info("elements were gone before they were taken out: %s", error.strerror)
+
+    # The listing.
+
+    def _form(self, entry: Tracked) -> wire.Message:
+        """An entry as JSON, in the shape of the inline datapath's connections."""
+        original, reply = entry.original_traffic, entry.reply_traffic
+        return {
+            "id": entry.identifier,
+            "protocol": entry.original.protocol.name.lower(),
+            "state": entry.state.value,
+            "original": flow_form(entry.original),
+            "inside": flow_form(entry.inside),
+            "final": flow_form(entry.final),
+            "reply": flow_form(entry.reply),
+            "is_mapped": entry.is_mapped,
+            "is_marked": True,
+            "rule": "" if self._engine.sockrefs_of(entry) or not entry.is_mapped else "TPROXY",
+            "packets": {"original": _packets(original), "reply": _packets(reply)},
+            "bytes": {"original": _bytes(original), "reply": _bytes(reply)},
+            "age": None,
+            "expires_in": entry.expires_in,
+        }
+
+
+def _packets(traffic: Traffic | None) -> int | None:
+    return traffic.packets if traffic is not None else None
+
+
+def _bytes(traffic: Traffic | None) -> int | None:
+    return traffic.bytes if traffic is not None else None
+
+
+def _map_of(mapping: Mapping) -> str:
+    """The map that a mapping belongs to."""
+    version = 4 if len(mapping.to.address) == 4 else 6
+    match mapping.stage:
+        case Stage.DESTINATION:
+            return f"destination{version}"
+        case Stage.SOURCE:
+            return f"source{version}"
+
+
+def _endpoint(endpoint: Endpoint) -> bytes:
+    """Address and port, each padded to four bytes, as in keys and data of nft."""
+    return endpoint.address + endpoint.port.to_bytes(2, "big") + b"\0\0"
+
+
+def _key(flow: FlowTuple) -> bytes:
+    """A tuple as the key of the maps: protocol, source, destination."""
+    return bytes((flow.protocol, 0, 0, 0)) + _endpoint(flow.source) + _endpoint(flow.destination)

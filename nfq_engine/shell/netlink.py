@@ -1,0 +1,88 @@
+"""Netlink messages of the netfilter subsystems, as bytes.
+
+Owns: headers, attributes, and how both are taken apart. Must not know what a message means (`ctnetlink`, `nftables`).
+Native byte order in the headers, network order in netfilter's numbers (linux/netlink.h, linux/netfilter/nfnetlink.h).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+NETLINK_NETFILTER: Final = 12
+
+REQUEST: Final = 0x1
+ACK: Final = 0x4
+DUMP: Final = 0x300
+CREATE: Final = 0x400
+APPEND: Final = 0x800
+
+ERROR: Final = 2
+DONE: Final = 3
+LARGEST_READ: Final = 0x10000
+
+_HEADER: Final = struct.Struct("=IHHII")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_ERROR: Final = struct.Struct("=i")
+_NESTED: Final = 0x8000
+_KIND: Final = 0x3FFF
+BODY_AT: Final = _HEADER.size + 4  # behind struct nfgenmsg
+
+
+def open_socket(groups: int = 0) -> socket.socket:
+    """A netfilter netlink socket of the current network namespace, bound, a member of these multicast groups."""
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+    opened.bind((0, groups))
+    return opened
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    return _ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def nested(kind: int, *inner: bytes) -> bytes:
+    """One attribute made of attributes."""
+    return attribute(kind | _NESTED, b"".join(inner))
+
+
+def message(kind: int, flags: int, family: int, resource: int, body: bytes = b"", sequence: int = 0) -> bytes:
+    """One message; `kind` has the subsystem in its upper byte."""
+    content = struct.pack("!BBH", family, 0, resource) + body
+    return _HEADER.pack(_HEADER.size + len(content), kind, flags, sequence, 0) + content
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """The messages of a datagram: kind, sequence number, where the message begins, where it ends."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind, _, sequence, _ = _HEADER.unpack_from(data, at)
+        if length < _HEADER.size:
+            return
+        yield kind, sequence, at, min(at + length, len(data))
+        at += length + 3 & ~3
+
+
+def error_of(data: bytes, at: int) -> int:
+    """The errno of an error message that begins at an offset; 0: it is an acknowledgement."""
+    return -int(_ERROR.unpack_from(data, at + _HEADER.size)[0])
+
+
+def attributes(data: bytes, at: int, end: int) -> dict[int, tuple[int, int]]:
+    """The attributes between two offsets: kind to where its value begins and ends."""
+    found = {}
+    while at + _ATTRIBUTE.size <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if length < _ATTRIBUTE.size:
+            break
+        found[kind & _KIND] = (at + _ATTRIBUTE.size, min(at + length, end))
+        at += length + 3 & ~3
+    return found
+
+
+def refused(number: int) -> OSError:
+    """The error for an errno that the kernel answered with."""
+    return OSError(number, os.strerror(number))
