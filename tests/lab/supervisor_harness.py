@@ -3,7 +3,8 @@
 Settings: `record` (a file that gets a JSON line with the supervisor's pid, then one line a call), `rules` (the first
 that fits a call decides its reply; with none that fits it succeeds, a getsockopt with what was in the buffer),
 `original_dst` (trap SO_ORIGINAL_DST too), `original` (trap recvmsg too; the address and port that datagrams were sent
-to), `uid` (become this user first), `refuse` (make no handler, for this reason).
+to), `engine` (no script: ask the engine, with recvmsg), `uid` (become this user first), `refuse` (make no handler, for
+this reason).
 
 A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `gate` (a FIFO: reply when someone writes);
 `fails` (raise instead).
@@ -18,8 +19,9 @@ from pathlib import Path
 from struct import pack, unpack_from
 from typing import Any
 
-from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
+from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError, SocketOption
 from nfq_engine.shell.supervisor import Handler, SocketCall, SocketReply
+from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
 from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
 from nfq_engine.shell.supervisor_receive import Datagram, Receiver
 
@@ -73,6 +75,13 @@ def make_receiver(settings: dict[str, Any]) -> Receiver:
     return original_addresses
 
 
+def supervision(settings: dict[str, Any], options: frozenset[SocketOption]) -> Supervision:
+    if settings.get("engine"):
+        return Supervision(options, lambda: EngineHandler(has_receiver=True), EngineReceiver)
+    receiver = (lambda: make_receiver(settings)) if "original" in settings else None
+    return Supervision(options, lambda: make_handler(settings), receiver)
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     if "uid" in settings:
@@ -82,11 +91,7 @@ def main() -> None:
     try:
         run_program(
             sys.argv[2:],
-            Supervision(
-                options,
-                make_handler=lambda: make_handler(settings),
-                make_receiver=(lambda: make_receiver(settings)) if "original" in settings else None,
-            ),
+            supervision(settings, options),
         )
     except (SeccompError, SupervisorError, OSError) as problem:
         sys.exit(f"cannot run: {problem}")

@@ -1,12 +1,14 @@
-"""The smallest lab: two namespaces and one wire, for tests of the parts that a real lab is made of."""
+"""The smallest labs, for tests of the parts that a real lab is made of: a wire, and a gateway between two."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyroute2 import IPRoute
 
@@ -54,36 +56,84 @@ def routes(namespace: Namespace) -> Iterator[IPRoute]:
         yield netlink
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """`client` 10.8.1.2, `gateway` 10.8.1.1 and 10.8.2.1, `server` 10.8.2.2; the same in fd08:1:: and fd08:2::."""
+
+    client: Namespace
+    gateway: Namespace
+    server: Namespace
+
+    @property
+    def points(self) -> list[CapturePoint]:
+        return [
+            CapturePoint("client", "eth0", self.client),
+            CapturePoint("gateway", "eth0", self.gateway),
+            CapturePoint("gateway", "eth1", self.gateway),
+            CapturePoint("server", "eth0", self.server),
+        ]
+
+    def load_rules(self, ruleset: str) -> None:
+        """Load nft rules on the gateway."""
+        with self.gateway.entered():
+            subprocess.run(["nft", "-f", "-"], input=ruleset, text=True, check=True)
+
+
 @contextlib.contextmanager
 def wire() -> Iterator[Wire]:
-    """Build it, both ends up and without neighbour discovery of their own accord; it goes with its descriptors."""
+    """Build it; it goes with its descriptors."""
     with Namespace.new() as left, Namespace.new() as right:
-        with routes(left) as netlink:
-            peer = {"ifname": "eth0", "net_ns_fd": right.fileno(), "index": 11}
-            netlink.link("add", ifname="eth0", kind="veth", index=10, peer=peer)
+        _connect(left, "eth0", right, "eth0")
         for number, namespace in enumerate((left, right), start=1):
-            with routes(namespace) as netlink:
-                eth0 = netlink.link_lookup(ifname="eth0")[0]
-                # Without a link-local address of the kernel's making nothing is sent before the tests do.
-                netlink.link(
-                    "set",
-                    index=eth0,
-                    IFLA_AF_SPEC={"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]},
-                )
-                netlink.link("set", index=netlink.link_lookup(ifname="lo")[0], state="up")
-                netlink.link("set", index=eth0, state="up")
-                netlink.addr("add", index=eth0, address=f"10.9.0.{number}", prefixlen=24)
-                netlink.addr("add", index=eth0, address=f"fd09::{number}", prefixlen=64, flags=2)
-        both = Wire(left, right)
-        wait_until(lambda: all(_is_up(namespace) for namespace in (left, right)), "both ends have a carrier")
-        yield both
+            _address(namespace, "eth0", f"10.9.0.{number}", f"fd09::{number}")
+        wait_until(lambda: _has_carrier(left) and _has_carrier(right), "both ends have a carrier")
+        yield Wire(left, right)
 
 
-def _is_up(namespace: Namespace) -> bool:
+@contextlib.contextmanager
+def chain() -> Iterator[Chain]:
+    """Build it; it goes with its descriptors."""
+    with Namespace.new() as client, Namespace.new() as gateway, Namespace.new() as server:
+        _connect(client, "eth0", gateway, "eth0")
+        _connect(server, "eth0", gateway, "eth1")
+        for side, (node, interface) in enumerate(((client, "eth0"), (server, "eth1")), start=1):
+            _address(node, "eth0", f"10.8.{side}.2", f"fd08:{side}::2")
+            _address(gateway, interface, f"10.8.{side}.1", f"fd08:{side}::1")
+            with routes(node) as netlink:
+                netlink.route("add", dst="0.0.0.0/0", gateway=f"10.8.{side}.1")
+                netlink.route("add", dst="::/0", gateway=f"fd08:{side}::1")
+        with gateway.entered():
+            for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+                Path("/proc/sys/net", setting).write_text("1")
+        wait_until(lambda: all(map(_has_carrier, (client, gateway, server))), "all ends have a carrier")
+        yield Chain(client, gateway, server)
+
+
+def _connect(left: Namespace, interface: str, right: Namespace, peer: str) -> None:
+    """Make a veth pair, both ends up, that says nothing by itself."""
+    with routes(left) as netlink:
+        netlink.link("add", ifname=interface, kind="veth", peer={"ifname": peer, "net_ns_fd": right.fileno()})
+    for namespace, name in ((left, interface), (right, peer)):
+        with namespace.entered():
+            # No link-local address of the kernel's making, so no neighbour discovery before the tests do something.
+            Path(f"/proc/sys/net/ipv6/conf/{name}/addr_gen_mode").write_text("1")
+        with routes(namespace) as netlink:
+            for device in ("lo", name):
+                netlink.link("set", index=netlink.link_lookup(ifname=device)[0], state="up")
+
+
+def _address(namespace: Namespace, interface: str, address: str, address6: str) -> None:
+    without_detection = 2  # IFA_F_NODAD
     with routes(namespace) as netlink:
-        return bool(
-            netlink.get_links(ifname="eth0")[0].get("state") == "up"
-            and netlink.get_links(ifname="eth0")[0].get("operstate") == "UP"
+        index = netlink.link_lookup(ifname=interface)[0]
+        netlink.addr("add", index=index, address=address, prefixlen=24)
+        netlink.addr("add", index=index, address=address6, prefixlen=64, flags=without_detection)
+
+
+def _has_carrier(namespace: Namespace) -> bool:
+    with routes(namespace) as netlink:
+        return all(
+            link.get("operstate") in ("UP", "UNKNOWN") for link in netlink.get_links() if link.get("state") == "up"
         )
 
 

@@ -135,6 +135,32 @@ static inline void echo(int fd)
 	need(length, "read");
 }
 
+/* A datagram, its source as the socket sees it, and its original addresses; the program ends if they are not told. */
+static inline ssize_t receive_original(int fd, void *data, size_t size, struct sockaddr_in *peer,
+				       struct in_origaddrs *original)
+{
+	union {
+		char bytes[CMSG_SPACE(sizeof *original)];
+		struct cmsghdr align;
+	} control;
+	struct iovec where = {.iov_base = data, .iov_len = size};
+	struct msghdr message = {
+		.msg_name = peer, .msg_namelen = sizeof *peer, .msg_iov = &where, .msg_iovlen = 1,
+		.msg_control = &control, .msg_controllen = sizeof control,
+	};
+	ssize_t length = recvmsg(fd, &message, 0);
+	struct cmsghdr *c;
+
+	need(length, "recvmsg");
+	for (c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c))
+		if (c->cmsg_level == SOL_IP && c->cmsg_type == IP_RECVORIGADDRS) {
+			memcpy(original, CMSG_DATA(c), sizeof *original);
+			return length;
+		}
+	printf("no original addresses\n");
+	exit(1);
+}
+
 static inline void arguments(int wanted, int argc, const char *usage)
 {
 	if (argc == wanted + 1)

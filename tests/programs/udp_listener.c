@@ -6,30 +6,6 @@
 
 static char data[65536];
 
-static ssize_t receive(int fd, struct sockaddr_in *peer, struct in_origaddrs *original)
-{
-	union {
-		char bytes[CMSG_SPACE(sizeof *original)];
-		struct cmsghdr align;
-	} control;
-	struct iovec where = {.iov_base = data, .iov_len = sizeof data};
-	struct msghdr message = {
-		.msg_name = peer, .msg_namelen = sizeof *peer, .msg_iov = &where, .msg_iovlen = 1,
-		.msg_control = &control, .msg_controllen = sizeof control,
-	};
-	ssize_t length = recvmsg(fd, &message, 0);
-	struct cmsghdr *c;
-
-	need(length, "recvmsg");
-	for (c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c))
-		if (c->cmsg_level == SOL_IP && c->cmsg_type == IP_RECVORIGADDRS) {
-			memcpy(original, CMSG_DATA(c), sizeof *original);
-			return length;
-		}
-	printf("no original addresses\n");
-	exit(1);
-}
-
 int main(int argc, char **argv)
 {
 	struct in_origaddrs original;
@@ -46,7 +22,7 @@ int main(int argc, char **argv)
 	set_flags(listener, ITP_LISTEN | ITP_UNIDIR);
 	print_local(listener);
 
-	length = receive(listener, &peer, &original);
+	length = receive_original(listener, data, sizeof data, &peer, &original);
 	print_address("source", original.source, original.source_port);
 	print_address("destination", original.destination, original.destination_port);
 

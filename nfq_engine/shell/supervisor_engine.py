@@ -1,0 +1,132 @@
+"""The supervisor's handler and receiver that ask the engine of this network namespace.
+
+Owns: a connection to the engine, made when a call needs it, and made anew when the engine was started anew; what each
+option is called there. Must not know programs or their memory (supervisor.py). Place in the path: between
+supervisor and the engine's control socket.
+
+Without an engine a program sees a kernel without tproxy: ENOPROTOOPT, and SO_ORIGINAL_DST as the kernel has it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from struct import Struct
+from typing import Final, TypeVar
+
+from nfq_engine.client import Tproxy
+from nfq_engine.core.option import IP_RECVORIGADDRS, IP_TPROXY
+from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.shell.seccomp import SOL_IP, SOL_IPV6, Direction
+from nfq_engine.shell.sockets import endpoint_of
+from nfq_engine.shell.supervisor import SocketCall, SocketReply
+from nfq_engine.shell.supervisor_receive import Datagram
+
+_IPV4_NAME: Final = Struct("=H2s4s8x")  # struct sockaddr_in
+_IPV6_NAME: Final = Struct("=H2s4x16s4x")  # struct sockaddr_in6
+
+_Result = TypeVar("_Result")
+
+
+class _Connection:
+    """The engine, asked over one connection that lives as long as the engine does."""
+
+    def __init__(self) -> None:
+        self._client: Tproxy | None = None
+
+    def ask(self, question: Callable[[Tproxy], _Result]) -> _Result:
+        """The engine's reply; OSError with its errno, ENOPROTOOPT when there is none, ETIMEDOUT when it is stuck."""
+        try:
+            return self._ask_once(question)
+        except ConnectionError:  # the engine that was connected is gone; maybe there is a new one
+            return self._ask_once(question)
+
+    def _ask_once(self, question: Callable[[Tproxy], _Result]) -> _Result:
+        if self._client is None:
+            self._client = Tproxy()
+        try:
+            return question(self._client)
+        except (ConnectionError, TimeoutError) as problem:  # a late reply must not meet the next question
+            self._client.close()
+            self._client = None
+            if isinstance(problem, TimeoutError):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from problem
+            raise
+
+
+class EngineHandler:
+    """Does each call at the engine.
+
+    `has_receiver`: datagrams get their original addresses (`EngineReceiver`), so IP_RECVORIGADDRS may be switched on.
+    """
+
+    def __init__(self, *, has_receiver: bool) -> None:
+        self._has_receiver = has_receiver
+        self._engine = _Connection()
+
+    def __call__(self, call: SocketCall) -> SocketReply:
+        """The engine's reply."""
+        try:
+            return SocketReply(value=self._do(call))
+        except OSError as problem:
+            return SocketReply(problem.errno or errno.EIO)
+
+    def _do(self, call: SocketCall) -> bytes:
+        """The value of a getsockopt, nothing for a setsockopt; OSError with the call's errno."""
+        if call.option == IP_TPROXY and call.direction is Direction.GET:
+            return self._engine.ask(lambda engine: engine.getsockopt(call.socket_fd, call.value, call.pid))
+        if call.option == IP_TPROXY:
+            self._engine.ask(lambda engine: engine.setsockopt(call.socket_fd, call.value, call.pid))
+            return b""
+        if call.option != IP_RECVORIGADDRS:
+            return self._original_destination(call)
+        if not self._has_receiver:
+            raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+        self._engine.ask(lambda engine: engine.call({"call": "counters"}))  # is there an engine?
+        return b""
+
+    def _original_destination(self, call: SocketCall) -> bytes:
+        """SO_ORIGINAL_DST; of a connection that the engine does not translate, the kernel's own."""
+        with socket.socket(fileno=os.dup(call.socket_fd)) as taken:
+            try:
+                name = _name(call, self._engine.ask(lambda engine: engine.original_destination(taken)))
+            except OSError as problem:
+                if problem.errno not in (errno.ENOENT, errno.ENOPROTOOPT):
+                    raise
+                return taken.getsockopt(call.level, call.option, min(call.length, _IPV6_NAME.size))
+        if call.length < len(name):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return name
+
+
+class EngineReceiver:
+    """Asks the engine where each datagram was sent to."""
+
+    def __init__(self) -> None:
+        self._engine = _Connection()
+
+    def __call__(self, datagram: Datagram) -> bytes | None:
+        """The control message's bytes: IPv4 only, as the struct is; None for what the engine did not translate."""
+        family, port, address = _IPV4_NAME.unpack_from(datagram.source.ljust(_IPV4_NAME.size, b"\0"))
+        if family != socket.AF_INET:
+            return None
+        peer = Endpoint(address, int.from_bytes(port, "big"))
+        with socket.socket(fileno=os.dup(datagram.socket_fd)) as taken:
+            local = endpoint_of(taken.getsockname())
+        try:
+            meant = self._engine.ask(lambda engine: engine.original_destination_of(Protocol.UDP, local, peer))
+        except OSError:
+            return None
+        return b"".join((address, meant.address, port, meant.port.to_bytes(2, "big")))
+
+
+def _name(call: SocketCall, endpoint: Endpoint) -> bytes:
+    """An endpoint as the struct sockaddr of the call's level; OSError (ENOENT) for one of the other family."""
+    port = endpoint.port.to_bytes(2, "big")
+    if call.level == SOL_IP and len(endpoint.address) == 4:
+        return _IPV4_NAME.pack(socket.AF_INET, port, endpoint.address)
+    if call.level == SOL_IPV6 and len(endpoint.address) == 16:
+        return _IPV6_NAME.pack(socket.AF_INET6, port, endpoint.address)
+    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
