@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from testbed.trace import ladder
 
 from testbed import capabilities
 from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.checksums import checksum_errors
-from testbed.frames import Frame
+from testbed.connections import Connection, connections
+from testbed.frames import Frame, endpoint
 from testbed.lab import Lab, LabError
+from testbed.ladder import ladder
 from testbed.process import MARK, ServiceError, owner_mark, sweep
 from testbed.topology_file import load
+from testbed.trace import trace
 from testbed.traffic import content
 
 ROOT: Final = Path(__file__).parent.parent
@@ -43,6 +45,7 @@ RELAY_PORT: Final = 50080
 ESTABLISHED: Final = 1  # in /proc/net/tcp
 PATIENCE: Final = 10.0
 MOST_PROBLEMS: Final = 5
+WIDEST: Final = 160  # columns
 TCP: Final = 6
 UDP: Final = 17
 
@@ -303,6 +306,29 @@ def interfaces() -> set[str]:
     return {f"interface {name}" for _, name in socket.if_nameindex()} | names
 
 
+def relayed_connection(run: Run) -> Connection:
+    """The first download: the leg from the client to the relay, and the one from the relay to the server."""
+    downloads = [connection for connection in connections(trace(run.frames)) if len(connection.legs) > 1]
+    return min(downloads, key=lambda connection: connection.legs[0].began)
+
+
+def inside_the_gateway(run: Run) -> Iterator[str]:
+    """What no interface shows: the addresses that the relay's own sockets have, and who gave them others."""
+    names = {leg.initiator: name for name, leg in zip("AB", relayed_connection(run).legs, strict=True)}
+    for connection in run.connections:
+        tuples = [flow_text(connection[step]) for step in ("original", "inside", "final")]
+        source = tuples[2 if tuples[0] == tuples[1] else 0].split(" ")[0]
+        if source in names and connection["protocol"] == "tcp":
+            by = connection["rule"] or "sockref"
+            verb = "leaves as" if tuples[0] == tuples[1] else "becomes"
+            yield f"  {names[source]} in the gateway: {tuples[0]} {verb} {tuples[2]}, by {by}; answers the other way round"
+
+
+def flow_text(flow: dict[str, Any]) -> str:
+    """A flow as the ladder writes it."""
+    return " → ".join(endpoint(end["address"], end["port"]) for end in (flow["source"], flow["destination"]))
+
+
 def report(console: Console, what: str, problems: list[str]) -> bool:
     """Print one check's line, and what is wrong below it."""
     console.print(("[red]FAILED[/] " if problems else "[green]ok[/]     ") + what.replace("[", "\\["))
@@ -319,8 +345,12 @@ def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
     before = interfaces()
     with Lab(topology, directory, programs=False, engine_options={"gateway": ("--datapath", datapath)}) as lab:
         run = work(lab)
-    console.rule(f"one connection, seen at {len({frame.point for frame in run.frames})} points")
-    console.print(ladder(run.frames, first_connection(run)), soft_wrap=True, markup=False, highlight=False)
+        assert lab.capture is not None
+        points = lab.capture.points
+    console.rule("one connection, seen at every interface")
+    console.print(ladder(relayed_connection(run), points, min(console.width, WIDEST)), highlight=False, soft_wrap=True)
+    for line in inside_the_gateway(run):
+        console.print(line, markup=False, highlight=False)
     console.rule("checks")
     results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in CHECKS]
     results.append(report(console, "nothing is left behind", leftovers(before)))

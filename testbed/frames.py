@@ -62,6 +62,13 @@ class Frame:
         return f"{number}{self.point} {'out' if self.outgoing else 'in'}: {describe(self)}"
 
 
+def ip_of(frame: Frame) -> IpPacket:
+    """The IP packet in a frame; ValueError when there is none."""
+    if frame.ip is None:
+        raise ValueError(f"no IP packet: {frame}")
+    return frame.ip
+
+
 def describe(frame: Frame) -> str:
     """What a frame carries, in one line: `10.0.0.1:4000 > 10.0.0.2:80 tcp SYN seq 7`."""
     packet = frame.ip

@@ -1,0 +1,206 @@
+"""Connections: which journeys belong together.
+
+Owns: the grouping of journeys. Pure: journeys in, connections out.
+
+A leg is what two programs share: all packets between two sockets, under whatever addresses each point saw them. A relay
+makes two legs of one connection: the second leaves the node where the first one ends, and they have something in
+common: the destination, the source, or the first bytes that were sent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from testbed.frames import Frame, destination_of, ip_of, protocol_name, source_of
+from testbed.headers import IpPacket, TcpHeader
+from testbed.trace import Journey
+
+_Flow = tuple[int, frozenset[tuple[str, int | None]]]
+
+
+@dataclass(frozen=True)  # not slotted: what is asked often is kept
+class Leg:
+    """The packets between two sockets, in both directions, in the order of time."""
+
+    journeys: tuple[Journey, ...]
+
+    @cached_property
+    def opening(self) -> Journey:
+        """The packet that opened it: the SYN, or the first there is."""
+        return next((journey for journey in self.journeys if _is_syn(journey.packet)), self.journeys[0])
+
+    @property
+    def began(self) -> int:
+        """When its first packet was seen, nanoseconds since the epoch."""
+        return self.journeys[0].first.time_ns
+
+    @property
+    def ended(self) -> int:
+        """When its last packet was seen last."""
+        return max(journey.hops[-1].frame.time_ns for journey in self.journeys)
+
+    @cached_property
+    def first_payload(self) -> bytes:
+        """The first data that the initiator sent."""
+        payloads = (journey.packet.payload for journey in self.journeys if self.is_forward(journey))
+        return next(filter(None, payloads), b"")
+
+    @property
+    def protocol(self) -> str:
+        """Its transport's name."""
+        return protocol_name(self.opening.packet.protocol)
+
+    @property
+    def initiator(self) -> str:
+        """Who opened it, as seen where the opening packet was seen first: address and port."""
+        return source_of(self.opening.packet)
+
+    @property
+    def responder(self) -> str:
+        """Whom it was opened to, as seen where the opening packet was seen first."""
+        return destination_of(self.opening.packet)
+
+    @cached_property
+    def _initiators(self) -> dict[str, tuple[str, int | None]]:
+        """What the initiator is called at each point."""
+        packets = {hop.point: ip_of(hop.frame) for hop in self.opening.hops}
+        return {point: (packet.source, packet.source_port) for point, packet in packets.items()}
+
+    def is_forward(self, journey: Journey) -> bool:
+        """Does the packet go from the initiator to the responder?"""
+        for hop in journey.hops:
+            packet = ip_of(hop.frame)
+            sender, port = packet.source, packet.source_port
+            if packet.icmp is not None and packet.icmp.embedded is not None:
+                # An error goes to the sender of the packet that it is about.
+                sender, port = packet.icmp.embedded.destination, packet.icmp.embedded.destination_port
+            initiator = self._initiators.get(hop.point)
+            if initiator is not None and sender == initiator[0] and port in (None, initiator[1]):
+                return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One connection as its users see it: one leg, or several when something between them relays it."""
+
+    legs: tuple[Leg, ...]
+
+    @property
+    def journeys(self) -> list[tuple[Leg, Journey]]:
+        """Every packet with its leg, in the order of time."""
+        pairs = [(leg, journey) for leg in self.legs for journey in leg.journeys]
+        return sorted(pairs, key=lambda pair: pair[1].first.time_ns)
+
+    def has(self, frame: Frame) -> bool:
+        """Is the frame one of its packets, at any hop?"""
+        return any(frame is seen for _, journey in self.journeys for hop in journey.hops for seen in hop.frames)
+
+
+def connections(journeys: Iterable[Journey]) -> list[Connection]:
+    """Group journeys to connections, in the order in which these began.
+
+    What belongs to no conversation, neighbour discovery for example, is left out.
+    """
+    legs = [Leg(part) for group in _grouped(list(journeys)) for part in _split(group)]
+    groups: list[list[Leg]] = []
+    for leg in sorted(legs, key=lambda leg: leg.began):
+        # Of equally close ones the first: connections are relayed in the order in which they came.
+        closest = max(groups, key=lambda group: _kinship(group[-1], leg), default=None)
+        if closest is not None and _kinship(closest[-1], leg):
+            closest.append(leg)
+        else:
+            groups.append([leg])
+    return [Connection(tuple(group)) for group in groups]
+
+
+def _grouped(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
+    """Journeys that share addresses at a point, directly or by way of others, belong together."""
+    roots: dict[tuple[str, _Flow], tuple[str, _Flow]] = {}
+
+    def root(place: tuple[str, _Flow]) -> tuple[str, _Flow]:
+        while (above := roots.setdefault(place, place)) != place:
+            roots[place] = roots[above]
+            place = above
+        return place
+
+    fragments = _ports_of_fragments(journeys)
+    placed = [(journey, list(_places(journey, fragments))) for journey in journeys]
+    for _, places in placed:
+        for place in places[1:]:
+            roots[root(place)] = root(places[0])
+    groups: defaultdict[tuple[str, _Flow], list[Journey]] = defaultdict(list)
+    for journey, places in placed:
+        if places:
+            groups[root(places[0])].append(journey)
+    return (tuple(group) for group in groups.values())
+
+
+def _ports_of_fragments(journeys: Sequence[Journey]) -> dict[object, _Flow]:
+    """The flows of fragmented packets, by what their fragments have in common; first fragments tell them."""
+    return {
+        _fragment_key(hop.point, packet): _flow(packet)
+        for journey in journeys
+        for hop in journey.hops
+        if (packet := ip_of(hop.frame)).layout.is_fragment and packet.source_port is not None
+    }
+
+
+def _fragment_key(point: str, packet: IpPacket) -> object:
+    return point, packet.source, packet.destination, packet.protocol, packet.layout.identification
+
+
+def _places(journey: Journey, fragments: dict[object, _Flow]) -> Iterator[tuple[str, _Flow]]:
+    """Point and flow of each hop; none when the packet belongs to no flow."""
+    for hop in journey.hops:
+        packet = ip_of(hop.frame)
+        if packet.icmp is not None and packet.icmp.embedded is not None:
+            packet = packet.icmp.embedded
+        if packet.source_port is not None:
+            yield hop.point, _flow(packet)
+        elif packet.layout.fragment_offset and (flow := fragments.get(_fragment_key(hop.point, packet))) is not None:
+            yield hop.point, flow
+
+
+def _flow(packet: IpPacket) -> _Flow:
+    ends = ((packet.source, packet.source_port), (packet.destination, packet.destination_port))
+    return packet.protocol, frozenset(ends)
+
+
+def _split(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
+    """Part TCP connections that used the same ports one after the other: another SYN of the same sender begins one."""
+    part: list[Journey] = []
+    syns: dict[tuple[str, int | None], int] = {}
+    for journey in journeys:
+        packet = journey.packet
+        if packet.tcp is not None and _is_syn(packet):
+            sender = (packet.source, packet.source_port)
+            if syns.setdefault(sender, packet.tcp.seq) != packet.tcp.seq:
+                yield tuple(part)
+                part, syns = [], {sender: packet.tcp.seq}
+        part.append(journey)
+    yield tuple(part)
+
+
+def _kinship(first: Leg, second: Leg) -> int:
+    """How much the second leg looks like the first one relayed; 0: not at all."""
+    end, begin = first.opening.hops[-1], second.opening.hops[0]
+    if _node(end.point) != _node(begin.point) or end.frame.outgoing or not begin.frame.outgoing:
+        return 0
+    if first.protocol != second.protocol or not first.began <= second.began <= first.ended:
+        return 0
+    same_payload = first.first_payload == second.first_payload != b""
+    same_responder = first.responder == second.responder
+    same_initiator = first.opening.packet.source == second.opening.packet.source
+    return 4 * same_payload + 2 * same_responder + same_initiator
+
+
+def _node(point: str) -> str:
+    return point.partition(":")[0]
+
+
+def _is_syn(packet: IpPacket) -> bool:
+    return packet.tcp is not None and packet.tcp.flags & (TcpHeader.SYN | TcpHeader.ACK) == TcpHeader.SYN

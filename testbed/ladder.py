@@ -1,0 +1,239 @@
+"""Ladders: a connection as text, one column a capture point, one row a packet.
+
+Owns: the layout. Values in, text with styles out: a terminal shows the colours, a file gets the plain text.
+
+    ms      packet                      client          gateway         gateway         server
+                                        eth0            eth0            eth1            eth0
+    0.000   → SYN                       ●──────────────▶●┄┄┄┄┄┄┄┄┄┄┄┄┄┄▶①──────────────▶●
+                                                                        ① src 10.0.1.2
+                                                                            →10.0.2.1
+    0.113   ← SYN ACK                   ●◀──────────────②◀┄┄┄┄┄┄┄┄┄┄┄┄┄┄●◀──────────────●
+                                                        ② dst 10.0.2.1
+                                                            →10.0.1.2
+    0.131   → ACK ack 1                 ●──────────────▶●┄┄┄┄┄┄┄┄┄┄┄┄┄┄▶①──────────────▶●
+
+On a wire the line is drawn through, inside a node it is dotted. A number is where a packet was not what it was at the
+point before; what changed is written out below its first use. ✗ is where a packet was seen last although others of its
+kind went further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise, repeat
+from typing import Final
+
+from rich.text import Text
+
+from testbed.connections import Connection, Leg
+from testbed.frames import destination_of, ip_of, source_of
+from testbed.ladder_rows import Omission, Row, errors_at, notes_on, rows_of, shortened
+
+WIDTH: Final = 140
+
+_TIME: Final = 10
+_PACKET: Final = 28
+_NARROWEST: Final = 15
+
+_FORWARD: Final = "cyan"
+_BACK: Final = "green"
+_CHANGED: Final = "yellow"
+_BAD: Final = "bold red"
+_FAINT: Final = "dim"
+
+
+# For what changed; when they run out, it is written out each time.
+_NUMBERS: Final = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"
+_UNNUMBERED: Final = "◆"
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Where the columns are, in characters, and the numbers of the changes that were written out."""
+
+    points: tuple[str, ...]
+    left: int
+    step: int
+    numbers: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def place(self, point: str) -> int | None:
+        """Where a point's column begins; None when it has none."""
+        return self.left + self.points.index(point) * self.step if point in self.points else None
+
+
+def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) -> Text:
+    """Draw a connection. `points`: all capture points in the order of their columns; untouched ones are left out.
+
+    With more points than fit into `width` characters, those at which nothing changed are left out too, and it says so.
+    """
+    has_legs = len(connection.legs) > 1
+    left = _TIME + 2 * has_legs + 2 + _PACKET
+    touched = _touched(connection, points)
+    shown = _that_fit(connection, touched, (width - left) // _NARROWEST)
+    grid = _Grid(shown, left, (width - left) // max(len(shown), 1))
+    lines = [*_title(connection, touched), *_heads(grid)]
+    if len(shown) < len(touched):
+        lines.append(Text(f"{len(touched) - len(shown)} points where nothing changed are not shown", _FAINT))
+    start = connection.legs[0].began
+    for row in shortened(rows_of(connection)):
+        match row:
+            case Row():
+                lines += _packet_lines(row, grid, start, has_legs)
+            case Omission():
+                lines.append(_omission_line(row, left, has_legs))
+    return Text("\n").join(lines)
+
+
+def _touched(connection: Connection, points: Sequence[str]) -> tuple[str, ...]:
+    seen = {point for _, journey in connection.journeys for point in journey.points}
+    return tuple(point for point in points if point in seen)
+
+
+def _that_fit(connection: Connection, points: tuple[str, ...], most: int) -> tuple[str, ...]:
+    """Points for which there is room: the ends first, then those where something changed."""
+    if len(points) <= most:
+        return points
+    changed = {hop.point for _, journey in connection.journeys for hop in journey.hops if notes_on(hop)}
+    ranked = sorted(points, key=lambda point: (point not in (points[0], points[-1]), point not in changed))
+    kept = ranked[: max(most, 2)]
+    return tuple(point for point in points if point in kept)
+
+
+def _title(connection: Connection, points: Sequence[str]) -> Iterator[Text]:
+    first = connection.legs[0]
+    amount = len(connection.journeys)
+    legs = f" in {len(connection.legs)} legs" if len(connection.legs) > 1 else ""
+    yield Text(f"{first.protocol} {first.initiator} → {first.responder}: {amount} packets{legs}", "bold")
+    for index, leg in enumerate(connection.legs):
+        for names, places in _names(leg, points).items():
+            mark = f"{_letter(index)} " if legs else ""
+            yield Text(f"  {mark}{names}  at {', '.join(places)}", _FAINT)
+
+
+def _names(leg: Leg, points: Sequence[str]) -> dict[str, list[str]]:
+    """What the ends of a leg are called, and where."""
+    names: dict[str, list[str]] = {}
+    for hop in sorted(leg.opening.hops, key=lambda hop: points.index(hop.point)):
+        packet = ip_of(hop.frame)
+        names.setdefault(f"{source_of(packet)} → {destination_of(packet)}", []).append(hop.point)
+    return names
+
+
+def _heads(grid: _Grid) -> Iterator[Text]:
+    nodes, interfaces = (
+        "".join(point.split(":", 1)[part][: grid.step - 1].ljust(grid.step) for point in grid.points) for part in (0, 1)
+    )
+    yield Text(f"{'ms'.rjust(_TIME - 2)}  {'packet'.ljust(grid.left - _TIME)}{nodes}".rstrip(), "bold")
+    yield Text(" " * grid.left + interfaces.rstrip(), "bold")
+
+
+def _packet_lines(row: Row, grid: _Grid, start: int, has_legs: bool) -> Iterator[Text]:
+    style = _FORWARD if row.is_forward else _BACK
+    milliseconds = (row.journey.first.time_ns - start) / 1e6
+    leg = f"{_letter(row.leg)} " if has_legs else ""
+    text = f"{row.text}{' again' if row.is_repeated else ''}"
+    text = text if len(text) < _PACKET else f"{text[: _PACKET - 2]}…"
+    below = list(_notes_below(row, grid))
+    line = Text(f"{milliseconds:{_TIME - 2}.3f}  ", _FAINT)
+    line.append(f"{leg}{'→' if row.is_forward else '←'} ".ljust(grid.left - _TIME - _PACKET), style)
+    line.append(text.ljust(_PACKET), _BAD if row.is_lost or row.is_repeated else "")
+    line.append(_path(row, grid))
+    line.rstrip()
+    yield line
+    yield from _stacked(below)
+
+
+def _path(row: Row, grid: _Grid) -> Text:
+    """The line from point to point."""
+    hops = [(place - grid.left, hop) for hop in row.journey.hops if (place := grid.place(hop.point)) is not None]
+    cells = [" "] * (grid.step * len(grid.points))
+    styles = [_FORWARD if row.is_forward else _BACK] * len(cells)
+    for (begin, before), (end, after) in pairwise(hops):
+        stroke = "┄" if _node(before.point) == _node(after.point) else "─"
+        inner = range(min(begin, end) + 1, max(begin, end))
+        for place in inner:
+            cells[place] = stroke
+        if inner:
+            cells[end - 1 if begin < end else end + 1] = "▶" if begin < end else "◀"
+    for place, hop in hops:
+        notes = tuple(notes_on(hop))
+        cells[place], styles[place] = (
+            (grid.numbers.get(notes, _UNNUMBERED), _CHANGED) if notes else ("●", styles[place])
+        )
+        if errors_at(hop):
+            styles[place] = _BAD
+    if row.is_lost and hops:
+        cells[hops[-1][0]], styles[hops[-1][0]] = "✗", _BAD
+    path = Text()
+    for cell, style in zip(cells, styles, strict=True):
+        path.append(cell, style)
+    return path
+
+
+def _notes_below(row: Row, grid: _Grid) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """What is written below a row: column and lines with their styles. Gives numbers to changes that have none yet."""
+    for hop in row.journey.hops:
+        place, notes = grid.place(hop.point), tuple(notes_on(hop))
+        lines: list[tuple[str, str]] = []
+        if notes and notes not in grid.numbers:
+            number = dict(enumerate(_NUMBERS)).get(len(grid.numbers))
+            if number is not None:
+                grid.numbers[notes] = number
+            indented = _wrapped_all(notes, grid.step - 3)
+            marks = chain([number or " "], repeat(" "))
+            lines += [(f"{mark} {line}", _CHANGED) for mark, line in zip(marks, indented, strict=False)]
+        lines += [(line, _BAD) for line in _wrapped_all(errors_at(hop), grid.step - 1)]
+        if place is not None and lines:
+            yield place, lines
+
+
+def _stacked(columns: list[tuple[int, list[tuple[str, str]]]]) -> Iterator[Text]:
+    """Put columns of text side by side."""
+    columns = sorted(columns, key=lambda column: column[0])
+    for level in range(max((len(lines) for _, lines in columns), default=0)):
+        line = Text()
+        for place, lines in columns:
+            if level < len(lines):
+                line.append(" " * (place - len(line.plain)))
+                line.append(*lines[level])
+        yield line
+
+
+def _wrapped_all(notes: Iterable[str], width: int) -> list[str]:
+    return [line for note in notes for line in _wrapped(note, width)]
+
+
+def _wrapped(note: str, width: int) -> Iterator[str]:
+    """Break a note at its arrow, else at blanks, else anywhere."""
+    lead = ""
+    for part in note.replace("→", " →", 1).split(" ") if len(note) > width else [note]:
+        joined = part if not lead else f"{lead}{'' if part.startswith('→') else ' '}{part}"
+        if len(joined) <= width:
+            lead = joined
+            continue
+        if lead:
+            yield lead
+        lead = f"  {part}" if part.startswith("→") else part
+        while len(lead) > width:
+            yield lead[:width]
+            lead = f"   {lead[width:]}"
+    yield lead
+
+
+def _omission_line(omission: Omission, left: int, has_legs: bool) -> Text:
+    parts = []
+    for leg, is_forward, packets, size in omission.parts:
+        mark = f"{_letter(leg)} " if has_legs else ""
+        data = f" with {size:,} bytes" if size else ""
+        parts.append(f"{mark}{'→' if is_forward else '←'} {packets}{data}")
+    words = f"⋮ {omission.packets} more like these"
+    return Text(f"{' ' * _TIME}{words.ljust(left - _TIME)}{'   '.join(parts)}", _FAINT)
+
+
+def _letter(leg: int) -> str:
+    return chr(ord("A") + leg % 26)
+
+
+def _node(point: str) -> str:
+    return point.partition(":")[0]

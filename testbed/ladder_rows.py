@@ -1,0 +1,181 @@
+"""What a ladder shows of a connection, before it is drawn.
+
+Owns: what is said of each packet, which packet was lost or repeated, and which may be left out. Pure; ladder.py draws
+it as text, the report as HTML.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from testbed.changes import HOP_LIMITS, Change
+from testbed.checksums import checksum_errors
+from testbed.connections import Connection, Leg
+from testbed.frames import describe_content, flag_names, icmp_name
+from testbed.headers import IpPacket, TcpHeader
+from testbed.trace import Hop, Journey
+
+# Fewer packets than this are not worth a line that says they were left out.
+_WORTH_LEAVING_OUT: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packet. `leg` is an index; `is_lost`: others of its kind went further; `is_repeated`: it was sent before."""
+
+    leg: int
+    is_forward: bool
+    journey: Journey
+    text: str
+    is_lost: bool
+    is_repeated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Omission:
+    """Packets that show nothing new; each part is a leg, is it forward, how many packets, with how many bytes."""
+
+    parts: tuple[tuple[int, bool, int, int], ...]
+
+    @property
+    def packets(self) -> int:
+        """How many there are."""
+        return sum(packets for _, _, packets, _ in self.parts)
+
+
+def rows_of(connection: Connection) -> list[Row]:
+    """Every packet of a connection, in the order of time."""
+    furthest = _furthest_points(connection)
+    numbers = [_Numbers(leg) for leg in connection.legs]
+    sent: set[object] = set()
+    rows = []
+    for leg, journey in connection.journeys:
+        index = connection.legs.index(leg)
+        forward = leg.is_forward(journey)
+        identity = _data_identity(journey.packet)
+        rows.append(
+            Row(
+                index,
+                forward,
+                journey,
+                numbers[index].describe(journey.packet, is_forward=forward),
+                is_lost=furthest[index, forward] not in journey.points,
+                is_repeated=identity is not None and (index, forward, identity) in sent,
+            )
+        )
+        sent.add((index, forward, identity))
+    return rows
+
+
+def shortened(rows: list[Row]) -> Iterator[Row | Omission]:
+    """The same without packets that only carry on: data and acknowledgements that went the way of earlier ones."""
+    known: set[object] = set()
+    waiting: list[Row] = []
+    for row in rows:
+        kind = _kind(row)
+        if kind is not None and kind in known:
+            waiting.append(row)
+            continue
+        yield from _left_out(waiting)
+        waiting = []
+        known.add(kind)
+        yield row
+    yield from _left_out(waiting)
+
+
+def notes_on(hop: Hop) -> list[str]:
+    """What happened to a packet just before a point, one line each."""
+    notes = [_short(change) for change in hop.changes if not _is_routing(change)]
+    if len(hop.frames) > 1:
+        notes.append(f"in {len(hop.frames)} pieces")
+    return notes
+
+
+def errors_at(hop: Hop) -> list[str]:
+    """Which checksums are wrong there."""
+    return sorted({error for frame in hop.frames for error in checksum_errors(frame)})
+
+
+def _furthest_points(connection: Connection) -> dict[tuple[int, bool], str]:
+    """Where the packets of a leg and direction end as a rule; of two places, the one with the longer way."""
+    ends: defaultdict[tuple[int, bool], Counter[str]] = defaultdict(Counter)
+    longest: defaultdict[str, int] = defaultdict(int)
+    for leg, journey in connection.journeys:
+        end = journey.points[-1]
+        ends[connection.legs.index(leg), leg.is_forward(journey)][end] += 1
+        longest[end] = max(longest[end], len(journey.hops))
+    return {kind: max(count, key=lambda end: (count[end], longest[end])) for kind, count in ends.items()}
+
+
+class _Numbers:
+    """TCP's sequence numbers of a leg, counted from its beginning."""
+
+    def __init__(self, leg: Leg) -> None:
+        self._starts: dict[bool, int] = {}
+        for journey in leg.journeys:
+            if journey.packet.tcp is not None:
+                self._starts.setdefault(leg.is_forward(journey), journey.packet.tcp.seq)
+
+    def describe(self, packet: IpPacket, *, is_forward: bool) -> str:
+        """`PSH ACK 1:513 ack 1`; what is no TCP is told as everywhere."""
+        if packet.icmp is not None:
+            return icmp_name(packet)
+        if packet.tcp is None or packet.layout.is_fragment:
+            return describe_content(packet)
+        words = [flag_names(packet.tcp.flags)]
+        if packet.payload:
+            start = self._relative(packet.tcp.seq, is_forward)
+            words.append(f"{start}:{start + len(packet.payload)}")
+        if packet.tcp.flags & TcpHeader.ACK and not packet.tcp.flags & TcpHeader.SYN:
+            words.append(f"ack {self._relative(packet.tcp.ack, not is_forward)}")
+        return " ".join(words)
+
+    def _relative(self, number: int, is_forward: bool) -> int:
+        return (number - self._starts.get(is_forward, number)) % (1 << 32)
+
+
+def _data_identity(packet: IpPacket) -> object:
+    """What makes TCP data, or an opening or closing, the same as sent before; None for what may well come twice."""
+    if packet.tcp is None:
+        return None
+    opens_or_closes = packet.tcp.flags & (TcpHeader.SYN | TcpHeader.FIN)
+    return (packet.tcp.seq, opens_or_closes, packet.payload) if packet.payload or opens_or_closes else None
+
+
+def _kind(row: Row) -> object:
+    """What rows have in common that show the same; None for one that is always shown."""
+    packet = row.journey.packet
+    if row.is_lost or row.is_repeated or packet.icmp is not None or any(map(errors_at, row.journey.hops)):
+        return None
+    if packet.tcp is not None and packet.tcp.flags & ~(TcpHeader.ACK | TcpHeader.PSH):
+        return None
+    notes = tuple((hop.point, tuple(map(str, hop.changes))) for hop in row.journey.hops)
+    return row.leg, row.is_forward, bool(packet.payload), notes
+
+
+def _left_out(waiting: list[Row]) -> Iterator[Row | Omission]:
+    if len(waiting) < _WORTH_LEAVING_OUT:
+        yield from waiting
+        return
+    packets: Counter[tuple[int, bool]] = Counter()
+    sizes: Counter[tuple[int, bool]] = Counter()
+    for row in waiting:
+        packets[row.leg, row.is_forward] += 1
+        sizes[row.leg, row.is_forward] += len(row.journey.packet.payload)
+    yield Omission(
+        tuple((*kind, packets[kind], sizes[kind]) for kind in sorted(packets, key=lambda k: (k[0], not k[1])))
+    )
+
+
+def _short(change: Change) -> str:
+    """`src 10.0.0.1→10.0.0.2`: a ladder has little room, and the packet's protocol is known."""
+    embedded = "embedded " if change.field.startswith("embedded ") else ""
+    return f"{embedded}{change.field.rpartition('.')[2]} {change.before}→{change.after}"
+
+
+def _is_routing(change: Change) -> bool:
+    """Did a router take one off the hop limit, as it must?"""
+    return change.field in HOP_LIMITS and int(change.before) - int(change.after) == 1

@@ -1,0 +1,225 @@
+"""Traces: which frames at several points are one and the same packet.
+
+Owns: the correlation of frames, although addresses and ports change on the way. Pure: frames in, journeys out. Must not
+know connections (connections.py) or how a journey is drawn (ladder.py).
+
+What stays the same under translation makes a packet's fingerprint: sequence numbers, flags and payload of TCP, payload
+of UDP, sequence and payload of an echo, what an ICMP error says. Among packets with one fingerprint (a retransmission,
+the same datagram twice) the IP identification decides, else the order in time. A program that relays TCP makes new
+packets: they are journeys of their own.
+
+A packet never travels back in time, never comes by the same place twice in one direction, and its hop limit never
+grows: a reply with the payload of the request is not taken for the request.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Final
+
+from testbed.changes import Change, changes_between
+from testbed.frames import Frame, ip_of
+from testbed.headers import IpPacket, TcpHeader
+
+# A packet that was not seen for so long is lost; the next with its fingerprint is another.
+_LONGEST_HOP_NS: Final = 1_000_000_000
+
+# What the pieces of a segment that a device cut differ in, and is no translation.
+_CUTTING: Final = frozenset({"ip.id", "tcp.seq", "tcp.flags", "payload"})
+
+# Thousands of equal datagrams may be under way at once.
+_MOST_COMPARED: Final = 64
+
+_URG_AND_BELOW: Final = 0x3F  # the congestion bits above may be set on the way
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """A packet at a point: one frame, or all the pieces it was cut into. `changes`: against the hop before."""
+
+    point: str
+    frames: tuple[Frame, ...]
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def frame(self) -> Frame:
+        """The frame, or the first piece."""
+        return self.frames[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """One packet's way, hop by hop."""
+
+    hops: tuple[Hop, ...]
+
+    @property
+    def first(self) -> Frame:
+        """How the packet was seen first."""
+        return self.hops[0].frame
+
+    @property
+    def packet(self) -> IpPacket:
+        """What it was then."""
+        return ip_of(self.first)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Where it was seen, in order."""
+        return tuple(hop.point for hop in self.hops)
+
+    def at(self, point: str) -> Hop | None:
+        """The hop at a point; None when the packet was not seen there."""
+        return next((hop for hop in self.hops if hop.point == point), None)
+
+
+_Place = tuple[str, bool]  # point and direction
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A journey while it is put together: at each place the frame, or the pieces it was cut into."""
+
+    last: Frame
+    hops: dict[_Place, list[Frame]] = field(default_factory=dict)
+
+    def add(self, frame: Frame) -> None:
+        self.hops.setdefault(_place(frame), []).append(frame)
+        self.last = frame
+
+    @property
+    def first(self) -> Frame:
+        return next(iter(self.hops.values()))[0]
+
+
+@dataclass(slots=True)
+class _Siblings:
+    """The journeys with one fingerprint, and for each place the first that may still come by there."""
+
+    drafts: list[_Draft] = field(default_factory=list)
+    begin: dict[_Place, int] = field(default_factory=dict)
+
+
+def trace(frames: Iterable[Frame]) -> list[Journey]:
+    """Put frames together to journeys, in the order in which these began. Frames without an IP packet are left out."""
+    drafts: list[_Draft] = []
+    by_fingerprint: defaultdict[object, _Siblings] = defaultdict(_Siblings)
+    for frame in sorted(frames, key=lambda frame: frame.time_ns):
+        if frame.ip is None:
+            continue
+        siblings = by_fingerprint[_fingerprint(frame.ip)]
+        draft = _continued_by(frame, siblings)
+        if draft is None:
+            draft = _Draft(frame)
+            drafts.append(draft)
+            siblings.drafts.append(draft)
+        draft.add(frame)
+    return [_finished(draft) for draft in _with_pieces_joined(drafts)]
+
+
+def _fingerprint(packet: IpPacket) -> object:
+    """What translation leaves as it is."""
+    layout, common = packet.layout, (packet.layout.version, packet.protocol)
+    if layout.is_fragment:
+        return (*common, layout.identification, layout.fragment_offset, packet.payload)
+    if (tcp := packet.tcp) is not None:
+        # Options tell a retransmission by its timestamp; those of a SYN may be rewritten on the way (MSS clamping).
+        options = b"" if tcp.flags & TcpHeader.SYN else tcp.options
+        return (*common, tcp.seq, tcp.ack, tcp.flags & _URG_AND_BELOW, options, packet.payload)
+    if (icmp := packet.icmp) is not None:
+        if icmp.embedded is None:
+            return (*common, icmp.type, icmp.code, icmp.rest[2:], packet.payload)
+        about = icmp.embedded
+        return (*common, icmp.type, icmp.code, about.protocol, about.tcp.seq if about.tcp else None, about.payload)
+    return (*common, packet.payload)
+
+
+def _continued_by(frame: Frame, siblings: _Siblings) -> _Draft | None:
+    """The journey that a frame is the next hop of."""
+    place, drafts = _place(frame), siblings.drafts
+    begin = siblings.begin.get(place, 0)
+    while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame)):
+        begin += 1
+    siblings.begin[place] = begin
+    possible = islice((draft for draft in islice(drafts, begin, None) if _may_continue(draft, frame)), _MOST_COMPARED)
+    # min keeps the first of equals, and that is the one which began first.
+    return min(possible, key=lambda draft: _strangeness(draft, frame), default=None)
+
+
+def _is_lost(draft: _Draft, frame: Frame) -> bool:
+    return frame.time_ns - draft.last.time_ns > _LONGEST_HOP_NS
+
+
+def _may_continue(draft: _Draft, frame: Frame) -> bool:
+    last, packet = ip_of(draft.last), ip_of(frame)
+    if _place(frame) in draft.hops or _is_lost(draft, frame):
+        return False
+    if _ends(packet) == tuple(reversed(_ends(last))):
+        return False
+    if draft.last.point == frame.point:
+        # In and out by the same door: routed, or it is not the same packet.
+        return frame.outgoing and packet.layout.hop_limit < last.layout.hop_limit
+    return packet.layout.hop_limit <= last.layout.hop_limit
+
+
+def _strangeness(draft: _Draft, frame: Frame) -> tuple[bool, bool]:
+    """How little a frame looks like a journey's last; smaller is better."""
+    last, packet = ip_of(draft.last), ip_of(frame)
+    return last.layout.identification != packet.layout.identification, _ends(last) != _ends(packet)
+
+
+def _place(frame: Frame) -> _Place:
+    return frame.point, frame.outgoing
+
+
+def _ends(packet: IpPacket) -> tuple[tuple[str, int | None], tuple[str, int | None]]:
+    return (packet.source, packet.source_port), (packet.destination, packet.destination_port)
+
+
+def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
+    """Put the pieces of a segment that was cut on the way behind the whole segment's last hop."""
+    kept = []
+    wholes: defaultdict[object, list[_Draft]] = defaultdict(list)
+    for draft in drafts:
+        key = _cutting_key(draft.first)
+        whole = next((whole for whole in wholes[key] if _is_piece_of(draft.first, whole.first)), None)
+        if whole is None:
+            kept.append(draft)
+            if key is not None:
+                wholes[key].append(draft)
+        else:
+            for frames in draft.hops.values():
+                for frame in frames:
+                    whole.add(frame)
+    return kept
+
+
+def _cutting_key(frame: Frame) -> object:
+    """What all pieces of a segment have in common; None for what is no TCP data."""
+    packet = frame.ip
+    if packet is None or packet.tcp is None or not packet.payload:
+        return None
+    return packet.layout.version, packet.tcp.ack, packet.tcp.options
+
+
+def _is_piece_of(frame: Frame, whole: Frame) -> bool:
+    piece, data = ip_of(frame), ip_of(whole)
+    size = len(piece.payload)
+    if piece.tcp is None or data.tcp is None or size >= len(data.payload) or frame.point == whole.point:
+        return False
+    offset = (piece.tcp.seq - data.tcp.seq) % (1 << 32)
+    return data.payload[offset : offset + size] == piece.payload
+
+
+def _finished(draft: _Draft) -> Journey:
+    places = list(draft.hops.values())
+    hops = [Hop(places[0][0].point, tuple(places[0]))]
+    for before, after in pairwise(places):
+        changes = changes_between(before[0], after[0])
+        if len(after) != len(before):
+            changes = tuple(change for change in changes if change.field not in _CUTTING)
+        hops.append(Hop(after[0].point, tuple(after), changes))
+    return Journey(tuple(hops))
