@@ -138,7 +138,7 @@ def worker(case: str, notify: int) -> None:
 
     queue = NetfilterQueue()
     queue.bind(QUEUE, accept if case == "accept" else scapy_rewriter(), max_len=8192, sock_len=4 << 20)
-    divert.build(QUEUE, MARK, fail_open=False)
+    divert.build(divert.INLINE, QUEUE, MARK, fail_open=False)
     os.write(notify, b"\n")
     queue.run()
 

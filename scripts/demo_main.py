@@ -321,7 +321,7 @@ def inside_the_gateway(run: Run) -> Iterator[str]:
         if source in names and connection["protocol"] == "tcp":
             by = connection["rule"] or "sockref"
             verb = "leaves as" if tuples[0] == tuples[1] else "becomes"
-            yield f"  {names[source]} in the gateway: {tuples[0]} {verb} {tuples[2]}, by {by}; answers the other way round"
+            yield f"  {names[source]} in the gateway: {tuples[0]} {verb} {tuples[2]} (by {by}), and answers back"
 
 
 def flow_text(flow: dict[str, Any]) -> str:
