@@ -1,7 +1,7 @@
 """Topologies: what a lab consists of, as values.
 
-Owns: nodes, links, addresses, services, and what must hold between them. Must not know namespaces, netlink or files; a
-file becomes a topology in topology_file.py, a topology becomes operations in plan.py.
+Owns: nodes, links, addresses, services. Must not know namespaces, netlink or files: a file becomes a topology in
+topology_file.py, topology_checks.py tells what is wrong with one, a topology becomes operations in plan.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,14 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Gateway = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+BRIDGE: Final = "br0"  # the interface of a bridge node that joins the others
+ENGINE: Final = "tproxyd"  # the name that a node's engine has among its services
 
 
 class Kind(StrEnum):
@@ -21,12 +27,19 @@ class Kind(StrEnum):
     BRIDGE = "bridge"
 
 
+class Capture(StrEnum):
+    """Where captures are made if not told otherwise: at every interface of every node (without lo), or nowhere."""
+
+    ALL = "all"
+    NONE = "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A static route; `to` is a prefix, the default ones are 0.0.0.0/0 and ::/0."""
 
-    to: ipaddress.IPv4Network | ipaddress.IPv6Network
-    via: ipaddress.IPv4Address | ipaddress.IPv6Address
+    to: Network
+    via: Gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +85,43 @@ class Node:
     services: tuple[Service, ...] = ()
     engine: EngineSpec | None = None
     nft: str = ""  # the user's own rules, as `nft -f` takes them
+    iptables: str = ""  # as `iptables-restore` takes them
+    ip6tables: str = ""  # as `ip6tables-restore` takes them
+
+
+@dataclass(frozen=True, slots=True)
+class Impairment:
+    """What a link does to the packets of one direction. Probabilities are from 0 to 1."""
+
+    delay: float = 0.0  # seconds
+    jitter: float = 0.0  # seconds, each packet's delay is that far from `delay` at most
+    loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0  # of packets that overtake those that are being delayed
+    corrupt: float = 0.0  # of packets that get one bit flipped
+    rate: int | None = None  # bits per second
+    seed: int = 0  # the same seed makes the same choices for the same packets
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One end of a link: an interface in a node. `mac` is made from the link's place when it is not given."""
+    """One end of a link: an interface in a node.
+
+    `auto`: the families (4, 6) of which it is to get an address by its place in the topology; `addressed` does that.
+    `mac` is made from the link's place when it is not given. `impair` is done to what this end sends.
+    """
 
     node: str
     interface: str
     addresses: tuple[Address, ...] = ()
+    auto: tuple[int, ...] = ()
     mac: str | None = None
+    impair: Impairment | None = None
+
+    @property
+    def label(self) -> str:
+        """How captures, ladders and messages call it."""
+        return f"{self.node}:{self.interface}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +140,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Nodes and links."""
+    """Nodes and links. `capture`: where captures are made; interfaces by their label, `node:lo` among them."""
 
     name: str
     nodes: tuple[Node, ...]
     links: tuple[Link, ...] = ()
+    description: str = ""
+    capture: Capture | tuple[str, ...] = Capture.ALL
     # Whether interfaces may pass on what is no packet on any wire: segments joined to 64 KB, checksums left half done.
     # Without, captures show what a network would carry; with, throughput is a multiple.
     offload: bool = False
@@ -120,67 +162,28 @@ class Topology:
         """The interfaces of a node."""
         return [end for link in self.links for end in link.ends if end.node == name]
 
-    def problems(self) -> list[tuple[tuple[str | int, ...], str]]:
-        """What is wrong, all of it: where (a path into the values, as the file has it) and what."""
-        return [*_node_problems(self), *_link_problems(self), *_route_problems(self)]
+    def segments(self) -> list[list[End]]:
+        """The ends that hear each other's frames: of a link, or of all links that bridges join; bridges left out."""
+        bridges = {node.name for node in self.nodes if node.kind is Kind.BRIDGE}
+        segment_of: dict[str, list[End]] = {}  # by bridge
+        segments: list[list[End]] = []
+        for link in self.links:
+            merged = [end for end in link.ends if end.node not in bridges]
+            joined = [end.node for end in link.ends if end.node in bridges]
+            for segment in {id(segment_of[name]): segment_of[name] for name in joined if name in segment_of}.values():
+                segments = [other for other in segments if other is not segment]
+                joined += [name for name, other in segment_of.items() if other is segment]
+                merged = [*segment, *merged]
+            segments.append(merged)
+            segment_of |= dict.fromkeys(joined, merged)
+        return segments
 
-
-def _node_problems(topology: Topology) -> list[tuple[tuple[str | int, ...], str]]:
-    """A service's name must be its own, and a bridge has no addresses."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
-    for node in topology.nodes:
-        names = [service.name for service in node.services]
-        found += [
-            (("nodes", node.name, "services"), f"two services are called {name!r}")
-            for name in sorted({name for name in names if names.count(name) > 1})
-        ]
-        if node.kind is Kind.BRIDGE and any(end.addresses for end in topology.ends_of(node.name)):
-            found.append((("nodes", node.name), "a bridge forwards frames: its interfaces have no addresses"))
-    return found
-
-
-def _link_problems(topology: Topology) -> list[tuple[tuple[str | int, ...], str]]:
-    """Ends are in nodes that exist, interfaces and addresses are unique, both ends of a link are in one subnet."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
-    names = {node.name for node in topology.nodes}
-    interfaces: set[tuple[str, str]] = set()
-    addresses: dict[object, str] = {}
-    for number, link in enumerate(topology.links):
-        where = ("links", number)
-        for end in link.ends:
-            label = f"{end.node}:{end.interface}"
-            if end.node not in names:
-                found.append((where, f"there is no node {end.node!r}"))
-            if (end.node, end.interface) in interfaces:
-                found.append((where, f"{label} is the end of another link already"))
-            interfaces.add((end.node, end.interface))
-            for address in end.addresses:
-                if address.ip in addresses:
-                    found.append((where, f"{label} has the address {address.ip}, which {addresses[address.ip]} has"))
-                addresses[address.ip] = label
-        found += [(where, problem) for problem in _subnet_problems(link)]
-    return found
-
-
-def _subnet_problems(link: Link) -> list[str]:
-    """What keeps the two ends of a link from reaching each other."""
-    problems = []
-    left, right = link.ends
-    for version in (4, 6):
-        nets = [{address.network for address in end.addresses if address.version == version} for end in (left, right)]
-        if all(nets) and not nets[0] & nets[1]:
-            problems.append(
-                f"{left.node}:{left.interface} and {right.node}:{right.interface} share no IPv{version} subnet"
-            )
-    return problems
-
-
-def _route_problems(topology: Topology) -> list[tuple[tuple[str | int, ...], str]]:
-    """A gateway is in a subnet of the node."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
-    for node in topology.nodes:
-        subnets = [address.network for end in topology.ends_of(node.name) for address in end.addresses]
-        for route in node.routes:
-            if not any(route.via in subnet for subnet in subnets if subnet.version == route.via.version):
-                found.append((("nodes", node.name, "routes"), f"the gateway {route.via} is in none of its subnets"))
-    return found
+    def captured(self) -> list[str]:
+        """The labels of the interfaces at which captures are made."""
+        match self.capture:
+            case Capture.ALL:
+                return [end.label for node in self.nodes for end in self.ends_of(node.name)]
+            case Capture.NONE:
+                return []
+            case labels:
+                return list(labels)

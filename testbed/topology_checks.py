@@ -1,0 +1,191 @@
+"""What must hold in a topology beyond the shape of its file. Pure.
+
+Each check yields where (a path into the topology, spelled as in its file) and what; all are run, so that all problems
+are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from testbed.topology import BRIDGE, ENGINE, Address, End, Kind, Link, Node, Service, Topology
+
+Where = tuple[str | int, ...]
+Problem = tuple[Where, str]
+
+_IPV6_LEAST_MTU: Final = 1280  # RFC 8200, section 5
+_SYSCTL: Final = re.compile(r"net(\.[A-Za-z0-9_-]+)+")
+_RESERVED: Final = {"lo", "all", "default"}  # interfaces that are there, and what sysctls call all of them
+
+
+def problems(topology: Topology) -> list[Problem]:
+    """What is wrong, all of it."""
+    return [
+        *_node_problems(topology),
+        *_link_problems(topology),
+        *_address_problems(topology),
+        *_segment_problems(topology),
+        *_capture_problems(topology),
+    ]
+
+
+def _node_problems(topology: Topology) -> Iterator[Problem]:
+    for name, times in Counter(node.name for node in topology.nodes).items():
+        if times > 1:
+            yield ("nodes", name), f"there are {times} nodes of that name"
+    for node in topology.nodes:
+        for where, what in (*_service_problems(node), *_sysctl_problems(node), *_route_problems(topology, node)):
+            yield ("nodes", node.name, *where), what
+
+
+def _service_problems(node: Node) -> Iterator[Problem]:
+    for name, times in Counter(service.name for service in node.services).items():
+        if times > 1:
+            yield ("services", name), f"there are {times} services of that name"
+        if name == ENGINE and node.engine is not None:
+            yield ("services", name), "that is the name of the node's engine"
+    for service in node.services:
+        if what := _readiness_problem(service):
+            yield ("services", service.name, "ready"), what
+
+
+def _readiness_problem(service: Service) -> str | None:
+    ready = service.ready
+    if (ready.port is not None) + (ready.log is not None) + ready.notify > 1:
+        return "only one of port, log and notify"
+    if ready.notify and not any("{notify_fd}" in word for word in service.command):
+        return "the command is not told the descriptor to notify: {notify_fd}"
+    if ready.log is not None:
+        try:
+            re.compile(ready.log)
+        except re.error as error:
+            return f"{ready.log!r} is no regular expression: {error}"
+    return None
+
+
+def _sysctl_problems(node: Node) -> Iterator[Problem]:
+    for key, _ in node.sysctls:
+        if not _SYSCTL.fullmatch(key):
+            yield ("sysctls", key), "a namespace has settings of its own below net. only"
+
+
+def _route_problems(topology: Topology, node: Node) -> Iterator[Problem]:
+    """A gateway is a neighbour; a prefix has one route."""
+    own = [address for end in topology.ends_of(node.name) for address in end.addresses]
+    seen = set()
+    for place, route in enumerate(node.routes):
+        if node.kind is Kind.BRIDGE:
+            yield ("routes", place), "a bridge forwards frames: it has no routes"
+        elif any(route.via == address.ip for address in own):
+            yield ("routes", place, "via"), f"{route.via} is its own address"
+        elif not any(route.via in address.network for address in own if address.version == route.via.version):
+            yield ("routes", place, "via"), f"the gateway {route.via} is in none of its subnets"
+        if route.to in seen:
+            yield ("routes", place, "to"), f"there is a route to {route.to} already"
+        seen.add(route.to)
+
+
+def _link_problems(topology: Topology) -> Iterator[Problem]:
+    """Ends are in nodes that exist, and interfaces have one link."""
+    kinds = {node.name: node.kind for node in topology.nodes}
+    seen: set[str] = set()
+    for place, link in enumerate(topology.links):
+        where: Where = ("links", place)
+        if link.left.node == link.right.node:
+            yield where, f"both ends are in {link.left.node}"
+        for side, end in enumerate(link.ends):
+            here: Where = (*where, "ends", side)
+            if end.node not in kinds:
+                yield (*here, "node"), f"there is no node {end.node!r}{_nearest(end.node, kinds)}"
+            if end.label in seen:
+                yield (*here, "interface"), f"{end.label} is the end of another link already"
+            if end.interface in _RESERVED or (end.interface == BRIDGE and kinds.get(end.node) is Kind.BRIDGE):
+                yield (*here, "interface"), f"{end.interface} is not to be had: it means something else"
+            if end.addresses and kinds.get(end.node) is Kind.BRIDGE:
+                yield (*here, "addresses"), "a bridge forwards frames: its interfaces have no addresses"
+            seen.add(end.label)
+        yield from ((where, what) for what in _mtu_problems(link))
+    yield from _mac_problems(topology)
+
+
+def _mtu_problems(link: Link) -> Iterator[str]:
+    if link.mtu < _IPV6_LEAST_MTU and any(address.version == 6 for end in link.ends for address in end.addresses):
+        yield f"IPv6 needs an MTU of {_IPV6_LEAST_MTU} (RFC 8200), this link has {link.mtu}"
+
+
+def _mac_problems(topology: Topology) -> Iterator[Problem]:
+    owners: dict[str, str] = {}
+    for where, end in _places(topology.links):
+        mac = (end.mac or "").lower()
+        if mac and int(mac[:2], 16) & 1:
+            yield (*where, "mac"), f"{mac} is a group's address"
+        elif mac and mac in owners:
+            yield (*where, "mac"), f"{owners[mac]} has that one already"
+        elif mac:
+            owners[mac] = end.label
+
+
+def _address_problems(topology: Topology) -> Iterator[Problem]:
+    """Addresses are a host's, and of one interface."""
+    owners: dict[object, str] = {}
+    for where, end in _places(topology.links):
+        for place, address in enumerate(end.addresses):
+            here = (*where, "addresses", place)
+            if what := _unusable(address):
+                yield here, what
+            elif not address.is_link_local and owners.get(address.ip, end.label) != end.label:
+                yield here, f"{owners[address.ip]} has the address {address.ip} already"
+            owners[address.ip] = end.label
+
+
+def _unusable(address: Address) -> str | None:
+    """Why no interface can have an address."""
+    ip, network = address.ip, address.network
+    if ip.is_multicast or ip.is_unspecified or ip.is_loopback:
+        return f"{ip} is no interface's address"
+    if network.prefixlen < network.max_prefixlen - 1:
+        if ip == network.network_address:
+            return f"{ip} is the subnet's own address, not a host's"
+        if ip.version == 4 and ip == network.broadcast_address:
+            return f"{ip} is the subnet's broadcast address"
+    return None
+
+
+def _segment_problems(topology: Topology) -> Iterator[Problem]:
+    """In a segment, whoever has addresses of a family shares a subnet with somebody."""
+    places = {end.label: where for where, end in _places(topology.links)}
+    for segment in topology.segments():
+        for version in (4, 6):
+            subnets = {end.label: {a.network for a in end.addresses if a.version == version} for end in segment}
+            present = [label for label, own in subnets.items() if own]
+            for label in present:
+                others = [other for other in present if other != label]
+                if others and not any(subnets[label] & subnets[other] for other in others):
+                    what = f"{label} shares no IPv{version} subnet with {' or '.join(others)}"
+                    yield (*places[label], "addresses"), what
+                    break  # its neighbours may have the same to say
+
+
+def _capture_problems(topology: Topology) -> Iterator[Problem]:
+    known = {end.label for link in topology.links for end in link.ends}
+    known |= {f"{node.name}:lo" for node in topology.nodes}
+    for place, label in enumerate(topology.captured()):
+        if label not in known:
+            yield ("capture", place), f"there is no interface {label!r}{_nearest(label, known)}"
+
+
+def _places(links: Iterable[Link]) -> Iterator[tuple[Where, End]]:
+    """Every end, and where it is."""
+    for place, link in enumerate(links):
+        for side, end in enumerate(link.ends):
+            yield ("links", place, "ends", side), end
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what may have been meant."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
