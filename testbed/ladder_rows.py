@@ -120,18 +120,18 @@ class _Numbers:
                 self._starts.setdefault(leg.is_forward(journey), journey.packet.tcp.seq)
 
     def describe(self, packet: IpPacket, *, is_forward: bool) -> str:
-        """`PSH ACK 1:513 ack 1`; what is no TCP is told as everywhere."""
+        """`SYN`, `PSH ACK 1:513`, `ACK ack 513`; what is no TCP is told as everywhere."""
         if packet.icmp is not None:
             return icmp_name(packet)
         if packet.tcp is None or packet.layout.is_fragment:
             return describe_content(packet)
-        words = [flag_names(packet.tcp.flags)]
+        flags = flag_names(packet.tcp.flags)
         if packet.payload:
             start = self._relative(packet.tcp.seq, is_forward)
-            words.append(f"{start}:{start + len(packet.payload)}")
-        if packet.tcp.flags & TcpHeader.ACK and not packet.tcp.flags & TcpHeader.SYN:
-            words.append(f"ack {self._relative(packet.tcp.ack, not is_forward)}")
-        return " ".join(words)
+            return f"{flags} {start}:{start + len(packet.payload)}"
+        if packet.tcp.flags & (TcpHeader.SYN | TcpHeader.ACK) == TcpHeader.ACK:
+            return f"{flags} ack {self._relative(packet.tcp.ack, not is_forward)}"
+        return flags
 
     def _relative(self, number: int, is_forward: bool) -> int:
         return (number - self._starts.get(is_forward, number)) % (1 << 32)
