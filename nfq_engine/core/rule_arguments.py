@@ -1,7 +1,8 @@
 """iptables' command line, argument by argument.
 
-Owns: options, their spellings, which of them take what. Must not know what the values mean (`rule_syntax`), nor what a
-command is made of them (`rule_text`). Place: what a user types, or a line of a file, comes here first.
+Owns: options, their spellings, which of them take what. Must not know what the values mean (`rule_syntax`,
+`rule_modules`), nor what command is made of them (`rule_text`). Place: what a user types, or a line of a file, comes
+here first.
 
 Beyond today's iptables, `--option ! value` is read too, as iptables-save of 2003 wrote it.
 """
@@ -12,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from nfq_engine.core import rule_syntax as syntax
+from nfq_engine.core import rule_syntax
 from nfq_engine.core.packet import Protocol
+from nfq_engine.core.rule_modules import MATCHES, TPROXY_SYNTAX, Syntax
 from nfq_engine.core.rule_values import NOTHING_COUNTED, TPROXY, Counts, Match, RuleError, Term, Tproxy, shown
 
 T = TypeVar("T")
@@ -24,12 +26,15 @@ _LONG: Final[Mapping[str, str]] = {
     "append": "A",
     "delete": "D",
     "insert": "I",
+    "replace": "R",
+    "check": "C",
     "list": "L",
     "list-rules": "S",
     "flush": "F",
     "zero": "Z",
     "new-chain": "N",
     "delete-chain": "X",
+    "rename-chain": "E",
     "policy": "P",
     "protocol": "p",
     "proto": "p",
@@ -70,12 +75,15 @@ FORMS: Final[Mapping[str, Form]] = {
     "A": Form(1, options=_RULE_OPTIONS + "c"),
     "I": Form(1, 1, options=_RULE_OPTIONS + "c"),
     "D": Form(1, 1, options=_RULE_OPTIONS),
+    "R": Form(2, missing="-R requires a chain and a rule number", options=_RULE_OPTIONS + "c"),
+    "C": Form(1, options=_RULE_OPTIONS),
     "L": Form(0, 2, options="nvx" + _LINE_NUMBERS),
     "S": Form(0, 2, options="v"),
     "F": Form(0, 1),
     "Z": Form(0, 2),
     "N": Form(1),
     "X": Form(0, 1),
+    "E": Form(2, missing="-E requires old-chain-name and new-chain-name"),
     "P": Form(2, missing="-P requires a chain and a policy", options="c"),
 }
 
@@ -84,7 +92,7 @@ FORMS: Final[Mapping[str, Form]] = {
 class Module(Generic[T]):
     """A match or target that was named, and what it was given so far."""
 
-    syntax: syntax.Syntax[T]
+    syntax: Syntax[T]
     given: dict[str, Term[str]] = field(default_factory=dict)
 
 
@@ -124,7 +132,7 @@ class Reader:
         term = self.values.get("p")
         if term is None:
             return None
-        protocol = syntax.protocol(term.value)
+        protocol = rule_syntax.protocol(term.value)
         if protocol is None and term.is_inverted:
             raise RuleError("rule would never match protocol")
         return None if protocol is None else Term(protocol, term.is_inverted)
@@ -211,7 +219,7 @@ class Reader:
         name = protocol.value.name.lower()
         if any(module.syntax.name == name for module in self.matches):
             return False
-        self.matches.append(Module(syntax.MATCHES[name]))
+        self.matches.append(Module(MATCHES[name]))
         return True
 
     def _base(self, key: str, spelling: str, attached: str | None) -> None:
@@ -248,10 +256,10 @@ class Reader:
         self.commands[key] = arguments
 
     def _load_match(self, name: str) -> None:
-        if name not in syntax.MATCHES:
-            known = ", ".join(sorted(syntax.MATCHES))
+        if name not in MATCHES:
+            known = ", ".join(sorted(MATCHES))
             raise RuleError(f"match `{shown(name)}' is not supported: there are {known}")
-        self.matches.append(Module(syntax.MATCHES[name]))
+        self.matches.append(Module(MATCHES[name]))
 
     def _counts(self, first: str) -> None:
         """-c PACKETS BYTES, or PACKETS,BYTES."""
@@ -260,7 +268,7 @@ class Reader:
             if not self._may_follow():
                 raise RuleError("-c requires packet and byte counter")
             size = self._next()
-        self.counts = Counts(syntax.counter(packets, "packet"), syntax.counter(size, "byte"))
+        self.counts = Counts(rule_syntax.counter(packets, "packet"), rule_syntax.counter(size, "byte"))
 
     def _value(self, key: str, spelling: str, attached: str | None) -> None:
         if {"j", "g"} <= set(self.options):
@@ -268,7 +276,7 @@ class Reader:
         read = self._term if key in _INVERTIBLE else self._plain
         self.values[key] = read(spelling, attached)
         if key == "j" and self.values[key].value == TPROXY:
-            self.target = Module(syntax.TPROXY_SYNTAX)
+            self.target = Module(TPROXY_SYNTAX)
 
     def _extension(self, module: Module[Any], option: str, spelling: str, attached: str | None) -> None:
         """One option of a match or target."""

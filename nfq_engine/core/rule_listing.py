@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, assert_never
 
 from nfq_engine.core.packet import Endpoint
+from nfq_engine.core.rule_commands import (
+    Show,
+    Specify,
+)
 from nfq_engine.core.rule_values import (
     AnyTarget,
     BuiltinChain,
@@ -21,8 +25,6 @@ from nfq_engine.core.rule_values import (
     Jump,
     Network,
     Rule,
-    Show,
-    Specify,
     Tally,
     Target,
     Term,

@@ -1,26 +1,26 @@
-"""The matches that -m loads: how each is written, listed and tested.
+"""The matches that -m loads and that look at one packet only: how each is written, listed and tested.
 
-Owns: one class a match. Must not know how options are read (`rule_syntax`). Place: inside a `Rule`;
-`compile_rule` makes of a rule what the ruleset runs.
-
-Rules that hold here:
-
-* conditions are tested in the order in which iptables tests them: what is before -m first, then the matches as written,
-  and none after the first that fails, because some remember that they were asked;
-* a test belongs to one rule in one chain; nothing else shares its memory.
+Owns: one class a match. Must not know how options are read (`rule_modules`). Place: inside a `Rule`; `rule_rates` has
+the matches that remember.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import string
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from nfq_engine.core.packet import Protocol
-from nfq_engine.core.rule_values import CompiledRule, Network, Rule, RulePacket, Term, Test
+from nfq_engine.core.rule_values import AddressType, Match, Rule, RulePacket, Term, Test
 from nfq_engine.core.surroundings import Chance
 
 LAST_PORT: Final = 0xFFFF
+ALL_BITS: Final = 0xFFFFFFFF
+
+# What iptables writes without quotes, and what it puts a backslash before between them.
+_UNQUOTED: Final = frozenset(string.ascii_letters + string.digits + "_-")
+_ESCAPED: Final = frozenset("\"\\'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Ports:
 
 
 @dataclass(frozen=True, slots=True)
-class PortMatch:
+class PortMatch(Match):
     """-m tcp, -m udp: source and destination port."""
 
     protocol: Protocol
@@ -90,90 +90,187 @@ def _bounds(term: Term[Ports] | None) -> tuple[int, int, bool]:
     return (0, LAST_PORT, False) if term is None else (term.value.low, term.value.high, term.is_inverted)
 
 
-# From rules to tests.
+class PortSide(StrEnum):
+    """Which port of a packet -m multiport looks at; the option's name."""
+
+    SOURCE = "sports"
+    DESTINATION = "dports"
+    EITHER = "ports"
 
 
-def service_of(packet: RulePacket) -> int:
-    """Protocol and destination port as one number."""
-    return packet.flow.protocol << 16 | packet.flow.destination.port
+@dataclass(frozen=True, slots=True)
+class Multiport(Match):
+    """-m multiport: a port that is one of several."""
+
+    side: PortSide
+    ports: Term[tuple[Ports, ...]]
+
+    def arguments(self) -> str:
+        """As the command line says it."""
+        return f"-m multiport {self.ports.sign}--{self.side} {self._list()}"
+
+    def description(self) -> str:
+        """As -L says it."""
+        return f"multiport {self.side} {' !' if self.ports.is_inverted else ''}{self._list()}"
+
+    def _list(self) -> str:
+        return ",".join(str(each) for each in self.ports.value)
+
+    def refusal(self, rule: Rule) -> str | None:
+        """Only with a protocol that is known to have ports."""
+        return None if rule.exact_protocol is not None else "multiport needs `-p tcp' or `-p udp'"
+
+    def test(self, _: Chance | None) -> Test:
+        """Test one port, or both."""
+        ranges = tuple((each.low, each.high) for each in self.ports.value)
+        inverted = self.ports.is_inverted
+        wants_source, wants_destination = self.side is not PortSide.DESTINATION, self.side is not PortSide.SOURCE
+
+        def has_port(packet: RulePacket, _: float) -> bool:
+            source, destination = packet.flow.source.port, packet.flow.destination.port
+            for low, high in ranges:
+                if (wants_destination and low <= destination <= high) or (wants_source and low <= source <= high):
+                    return not inverted
+            return inverted
+
+        return has_port
 
 
-def compile_rule(rule: Rule, chance: Chance | None) -> CompiledRule:
-    """Prepare a rule for packets, with a fresh memory where its matches have one; RuleError as `Match.test`."""
-    bounded = [match for match in rule.matches if isinstance(match, PortMatch) and match.is_one_range]
-    tests = (*_plain_tests(rule), *(match.test(chance) for match in rule.matches if match not in bounded))
-    return CompiledRule(*_services(rule, bounded), _all_of(tests))
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Some bits of a 32-bit number: those where `mask` has ones are to be as in `value`."""
+
+    value: int
+    mask: int
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}" if self.mask == ALL_BITS else f"{self.value:#x}/{self.mask:#x}"
 
 
-def _services(rule: Rule, matches: Iterable[PortMatch]) -> tuple[int, int]:
-    """The first and the last service of the packets that fulfil these matches and have the rule's protocol."""
-    protocol = rule.exact_protocol
-    if protocol is None:
-        return 0, max(Protocol) << 16 | LAST_PORT
-    ports = [match.destination.value for match in matches if match.destination is not None]
-    low = max((each.low for each in ports), default=0)
-    high = min((each.high for each in ports), default=LAST_PORT)
-    return protocol << 16 | low, protocol << 16 | high
+@dataclass(frozen=True, slots=True)
+class MarkMatch(Match):
+    """-m mark: the packet's mark."""
+
+    mark: Term[Bits]
+
+    def arguments(self) -> str:
+        """As the command line says it."""
+        return f"-m mark {self.mark.sign}--mark {self.mark.value}"
+
+    def description(self) -> str:
+        """As -L says it."""
+        return f"mark match {self.mark.sign}{self.mark.value}"
+
+    def test(self, _: Chance | None) -> Test:
+        """Test the mark."""
+        value, mask, inverted = self.mark.value.value, self.mark.value.mask, self.mark.is_inverted
+        return lambda packet, _now: (packet.mark & mask == value) is not inverted
 
 
-def _all_of(tests: tuple[Test, ...]) -> Test:
-    """One test for several, as cheap as their number allows."""
-    if not tests:
-        return lambda _packet, _now: True
-    if len(tests) == 1:
-        return tests[0]
+@dataclass(frozen=True, slots=True)
+class Comment(Match):
+    """-m comment: words for people."""
 
-    def holds(packet: RulePacket, now: float) -> bool:
-        for test in tests:  # noqa: SIM110 - all() with a generator costs three times as much
-            if not test(packet, now):
-                return False
-        return True
+    text: str
 
-    return holds
+    def arguments(self) -> str:
+        """As the command line says it, quoted where it must be."""
+        if self.text and all(character in _UNQUOTED for character in self.text):
+            return f"-m comment --comment {self.text}"
+        escaped = "".join(f"\\{character}" if character in _ESCAPED else character for character in self.text)
+        return f'-m comment --comment "{escaped}"'
 
+    def description(self) -> str:
+        """As -L says it."""
+        return f"/* {self.text} */"
 
-def _plain_tests(rule: Rule) -> Iterator[Test]:
-    """What is asked before any -m, but for a protocol that the bounds ask for."""
-    if rule.source is not None:
-        yield _address_test(rule.source, of_source=True)
-    if rule.destination is not None:
-        yield _address_test(rule.destination, of_source=False)
-    if rule.addresses and rule.source is None and rule.destination is None:
-        size = len(rule.addresses[0])
-        yield lambda packet, _now: len(packet.flow.source.address) == size
-    if rule.in_interface is not None:
-        name, is_prefix, inverted = _interface(rule.in_interface)
-        yield lambda packet, _now: _is_named(packet.in_interface, name, is_prefix) is not inverted
-    if rule.out_interface is not None:
-        out_name, is_out_prefix, out_inverted = _interface(rule.out_interface)
-        yield lambda packet, _now: _is_named(packet.out_interface, out_name, is_out_prefix) is not out_inverted
-    if rule.protocol is not None and rule.protocol.is_inverted:
-        unwanted = rule.protocol.value
-        yield lambda packet, _now: packet.flow.protocol != unwanted
+    def test(self, _: Chance | None) -> None:
+        """Every packet matches."""
 
 
-def _address_test(term: Term[Network], of_source: bool) -> Test:
-    """Test the source's address, or the destination's."""
-    network, inverted = term.value, term.is_inverted
-    if network.is_host and not inverted:
-        host = network.address
-        if of_source:
-            return lambda packet, _now: packet.flow.source.address == host
-        return lambda packet, _now: packet.flow.destination.address == host
-    size = len(network.mask)
-    mask, wanted = int.from_bytes(network.mask, "big"), int.from_bytes(network.address, "big")
+@dataclass(frozen=True, slots=True)
+class AddressTypeMatch(Match):
+    """-m addrtype: what the packet's addresses are to this host."""
 
-    def is_within(packet: RulePacket, _: float) -> bool:
-        address = packet.flow.source.address if of_source else packet.flow.destination.address
-        return len(address) == size and (int.from_bytes(address, "big") & mask == wanted) is not inverted
+    source: Term[frozenset[AddressType]] | None = None
+    destination: Term[frozenset[AddressType]] | None = None
 
-    return is_within
+    def arguments(self) -> str:
+        """As the command line says it."""
+        words = ["-m addrtype"]
+        for option, term in (("--src-type", self.source), ("--dst-type", self.destination)):
+            if term is not None:
+                words.append(f"{term.sign}{option} {_type_names(term.value)}")
+        return " ".join(words)
+
+    def description(self) -> str:
+        """As -L says it."""
+        words = ["ADDRTYPE match"]
+        for option, term in (("src-type", self.source), ("dst-type", self.destination)):
+            if term is not None:
+                words.append(f"{option} {term.sign.strip()}{_type_names(term.value)}")
+        return " ".join(words)
+
+    def test(self, _: Chance | None) -> Test:
+        """Test the types that the packet came with."""
+        source, destination = self.source, self.destination
+
+        def has_types(packet: RulePacket, _: float) -> bool:
+            return (source is None or (packet.source_type in source.value) is not source.is_inverted) and (
+                destination is None or (packet.destination_type in destination.value) is not destination.is_inverted
+            )
+
+        return has_types
 
 
-def _interface(term: Term[str]) -> tuple[str, bool, bool]:
-    """Name or its beginning, whether it is only that, inverted or not."""
-    return term.value.removesuffix("+"), term.value.endswith("+"), term.is_inverted
+def _type_names(types: frozenset[AddressType]) -> str:
+    return ",".join(each for each in AddressType if each in types)
 
 
-def _is_named(interface: str, name: str, is_prefix: bool) -> bool:
-    return interface.startswith(name) if is_prefix else interface == name
+@dataclass(frozen=True, slots=True)
+class Identifiers:
+    """The user or group numbers from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerMatch(Match):
+    """-m owner: whose socket sent the packet; only where it is known, at OUTPUT."""
+
+    uid: Term[Identifiers] | None = None
+    gid: Term[Identifiers] | None = None
+
+    def arguments(self) -> str:
+        """As the command line says it."""
+        words = ["-m owner"]
+        for option, term in (("--uid-owner", self.uid), ("--gid-owner", self.gid)):
+            if term is not None:
+                words.append(f"{term.sign}{option} {term.value}")
+        return " ".join(words)
+
+    def description(self) -> str:
+        """As -L says it."""
+        terms = (("UID", self.uid), ("GID", self.gid))
+        return " ".join(f"{term.sign}owner {name} match {term.value}" for name, term in terms if term is not None)
+
+    def test(self, _: Chance | None) -> Test:
+        """Test the owner; a packet without one matches what only says who it is not."""
+        uid, gid = self.uid, self.gid
+        matches_nobody = all(term is None or term.is_inverted for term in (uid, gid))
+
+        def is_owned(packet: RulePacket, _: float) -> bool:
+            owner = packet.owner
+            if owner is None:
+                return matches_nobody
+            return _is_within(uid, owner.uid) and _is_within(gid, owner.gid)
+
+        return is_owned
+
+
+def _is_within(term: Term[Identifiers] | None, number: int) -> bool:
+    return term is None or (term.value.low <= number <= term.value.high) is not term.is_inverted

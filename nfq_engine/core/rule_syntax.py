@@ -1,7 +1,7 @@
-"""How the values of a rule are written, and which options belong to which match.
+"""How the values of a rule are written.
 
-Owns: the way from one argument to one value, and the table of matches and targets. Must not know the order of arguments
-(`rule_text`). Place: between the two.
+Owns: the way from one argument to one value. Must not know which option it belongs to. Place: below `rule_modules` and
+`rule_text`.
 
 Numbers are read as iptables reads them: decimal, 0x hexadecimal, 0 octal. Names of hosts, services, users and groups
 are refused, as the core resolves nothing.
@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from nfq_engine.core.packet import Protocol
-from nfq_engine.core.rule_matches import LAST_PORT, PortMatch, Ports
-from nfq_engine.core.rule_values import TARGET_NAMES, TPROXY, Match, Network, RuleError, Term, Tproxy, shown
-
-T_co = TypeVar("T_co", covariant=True)
+from nfq_engine.core.rule_matches import LAST_PORT, Ports
+from nfq_engine.core.rule_values import TARGET_NAMES, Network, RuleError, shown
 
 _NUMBER: Final = re.compile(r"\s*\+?(0x[0-9a-f]{1,16}|0[0-7]{0,21}|[1-9][0-9]{0,19})", re.ASCII | re.IGNORECASE)
-_DECIMAL: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
+_PROTOCOLS: Final = {"all": 0, **{each.name.lower(): each.value for each in Protocol}}
 _LONGEST_INTERFACE: Final = 15  # IFNAMSIZ, less the byte that ends it
 _LONGEST_CHAIN: Final = 28  # XT_EXTENSION_MAXNAMELEN, less the byte that ends it
-
-# What was given to a match or target: its options by their own names, with the argument as it was written.
-Given = Mapping[str, Term[str]]
 
 
 def integer(text: str, low: int, high: int) -> int | None:
@@ -63,12 +56,11 @@ def ports(text: str) -> Ports:
 def protocol(text: str) -> Protocol | None:
     """TCP or UDP, by name or number; None for all."""
     number = integer(text, 0, 255)
-    names = {"all": 0, **{each.name.lower(): each.value for each in Protocol}}
     if number is None:
-        number = names.get(text.lower())
+        number = _PROTOCOLS.get(text.lower())
     if number is None:
         raise RuleError(f'unknown protocol "{shown(text)}" specified: the table knows tcp, udp and all')
-    if number not in names.values():
+    if number not in _PROTOCOLS.values():
         raise RuleError(f'protocol "{text}" is not supported: the table sees tcp and udp')
     return Protocol(number) if number else None
 
@@ -147,80 +139,12 @@ def _mask(text: str, size: int) -> bytes | None:
     length = integer(text, 0, size * 8)
     if length is not None:
         return ((1 << size * 8) - (1 << size * 8 - length)).to_bytes(size, "big")
-    if size == 16:
+    mask = address(text)
+    return mask if mask is not None and len(mask) == size else None
+
+
+def address(text: str) -> bytes | None:
+    """One address; None for anything else."""
+    if ":" in text:
         return _ipv6(text)
     return _ipv4(text) if text.count(".") == 3 else None
-
-
-def address(text: str, option: str) -> bytes:
-    """One address."""
-    value = _ipv6(text) if ":" in text else _ipv4(text) if text.count(".") == 3 else None
-    if value is None:
-        raise RuleError(f'bad address `{shown(text)}\' for option "{option}"')
-    return value
-
-
-# Matches and targets.
-
-
-@dataclass(frozen=True, slots=True)
-class Syntax(Generic[T_co]):
-    """A match or target as it is written.
-
-    `options` leads from every spelling, without the dashes, to the option's own name. `build` makes the value, and
-    raises RuleError for what cannot be one.
-    """
-
-    name: str
-    options: Mapping[str, str]
-    build: Callable[[Given], T_co]
-    invertible: frozenset[str] = frozenset()
-
-    def require(self, given: Given, option: str) -> None:
-        """RuleError if an option was not given."""
-        if option not in given:
-            raise RuleError(f'{self.name}: option "--{option}" must be specified')
-
-
-_SOURCE_PORT: Final = "source-port"
-_DESTINATION_PORT: Final = "destination-port"
-
-
-def _port_match(of: Protocol) -> Syntax[PortMatch]:
-    options = {
-        "sport": _SOURCE_PORT,
-        _SOURCE_PORT: _SOURCE_PORT,
-        "dport": _DESTINATION_PORT,
-        _DESTINATION_PORT: _DESTINATION_PORT,
-    }
-
-    def build(given: Given) -> PortMatch:
-        return PortMatch(of, _port_term(given.get(_SOURCE_PORT)), _port_term(given.get(_DESTINATION_PORT)))
-
-    return Syntax(of.name.lower(), options, build, frozenset(options))
-
-
-def _port_term(term: Term[str] | None) -> Term[Ports] | None:
-    """What an option says; None for nothing, and for what every port fulfils."""
-    if term is None:
-        return None
-    value = ports(term.value)
-    return None if value == Ports(0, LAST_PORT) and not term.is_inverted else Term(value, term.is_inverted)
-
-
-MATCHES: Final[Mapping[str, Syntax[Match]]] = {
-    each.name: each for each in (_port_match(Protocol.TCP), _port_match(Protocol.UDP))
-}
-
-
-def _tproxy(given: Given) -> Tproxy:
-    if "on-port" not in given:
-        raise RuleError('TPROXY: option "--on-port" must be specified')
-    number = _DECIMAL.fullmatch(given["on-port"].value)
-    if number is None or int(number[0]) > LAST_PORT:
-        raise RuleError(f'TPROXY: bad port `{shown(given["on-port"].value)}\' for option "--on-port"')
-    on_ip = address(given["on-ip"].value, "--on-ip") if "on-ip" in given else b""
-    return Tproxy(int(number[0]), on_ip if any(on_ip) else None)
-
-
-TPROXY_SYNTAX: Final = Syntax(TPROXY, {"on-port": "on-port", "on-ip": "on-ip"}, _tproxy)

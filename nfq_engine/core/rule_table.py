@@ -16,37 +16,42 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Final, assert_never
 
-from nfq_engine.core.rule_listing import references, show, specify
-from nfq_engine.core.rule_matches import compile_rule
-from nfq_engine.core.rule_values import (
-    TARGET_NAMES,
+from nfq_engine.core.rule_commands import (
     Append,
-    BuiltinChain,
-    Chain,
+    ChainCommand,
+    Check,
     Command,
-    Counts,
     Delete,
     DeleteChain,
     DeleteNumber,
-    Entry,
     Flush,
     Insert,
-    Jump,
     NewChain,
-    Policy,
-    Rule,
-    RuleError,
+    Rename,
+    Replace,
+    RuleCommand,
     SetPolicy,
     Show,
     Specify,
-    Tally,
     Zero,
+)
+from nfq_engine.core.rule_compile import compile_rule
+from nfq_engine.core.rule_listing import references, show, specify
+from nfq_engine.core.rule_matches import OwnerMatch
+from nfq_engine.core.rule_values import (
+    TARGET_NAMES,
+    BuiltinChain,
+    Chain,
+    Counts,
+    Entry,
+    Jump,
+    Policy,
+    Rule,
+    RuleError,
+    Tally,
     shown,
 )
 from nfq_engine.core.surroundings import Chance
-
-_RuleCommand = Append | Insert | Delete | DeleteNumber | Flush | Zero
-_ChainCommand = NewChain | DeleteChain | SetPolicy
 
 _BUILT_IN: Final = frozenset(BuiltinChain)
 
@@ -66,11 +71,14 @@ class Draft:
     def execute(self, command: Command) -> list[str]:
         """Do a command, and return the lines it prints; RuleError, and no change, if it cannot be done."""
         match command:
-            case Append() | Insert() | Delete() | DeleteNumber() | Flush() | Zero():
+            case Append() | Insert() | Replace() | Delete() | DeleteNumber() | Flush() | Zero():
                 self._change_rules(command)
                 return []
-            case NewChain() | DeleteChain() | SetPolicy():
+            case NewChain() | DeleteChain() | Rename() | SetPolicy():
                 self._change_chains(command)
+                return []
+            case Check(name, rules):
+                self._without(name, rules)
                 return []
             case Show() | Specify():
                 return self._print(command)
@@ -78,7 +86,7 @@ class Draft:
                 assert_never(command)
 
     def check(self) -> None:
-        """RuleError if jumps go round in circles."""
+        """RuleError if jumps go round in circles, or lead a packet to a rule that its hook has no answer for."""
         jumps = {
             name: {entry.rule.target.chain for entry in chain.entries if isinstance(entry.rule.target, Jump)}
             for name, chain in self.chains.items()
@@ -86,12 +94,22 @@ class Draft:
         try:
             TopologicalSorter(jumps).prepare()
         except CycleError as error:
-            # Its second argument is the circle, against the direction of the edges.
+            # Its second argument is the circle, against the direction of the jumps.
             raise RuleError(f"jumps in a circle: {' -> '.join(reversed(error.args[1]))}") from None
+        reached: set[str] = set()
+        waiting = {BuiltinChain.PREROUTING.value}
+        while waiting:
+            name = waiting.pop()
+            reached.add(name)
+            if any(
+                isinstance(match, OwnerMatch) for entry in self.chains[name].entries for match in entry.rule.matches
+            ):
+                raise RuleError(f"owner: used from PREROUTING, in chain `{name}', but only usable from OUTPUT")
+            waiting |= jumps[name] - reached
 
     # What becomes of rules.
 
-    def _change_rules(self, command: _RuleCommand) -> None:
+    def _change_rules(self, command: RuleCommand) -> None:
         match command:
             case Append(name, rules, counts):
                 self._set_entries(name, self._chain(name).entries + self._entries(rules, counts))
@@ -101,8 +119,12 @@ class Draft:
                     raise RuleError(f"index of insertion too big: {number}, with {len(entries)} rules in `{name}'")
                 new = self._entries(rules, counts)[::-1]
                 self._set_entries(name, entries[: number - 1] + new + entries[number - 1 :])
+            case Replace(name, number, rule, counts):
+                at = self._index(name, number, "replacement")
+                entries = self._chain(name).entries
+                self._set_entries(name, entries[:at] + self._entries([rule], counts) + entries[at + 1 :])
             case Delete(name, rules):
-                self._delete(name, rules)
+                self._set_entries(name, self._without(name, rules))
             case DeleteNumber(name, number):
                 at = self._index(name, number, "deletion")
                 entries = self._chain(name).entries
@@ -136,8 +158,8 @@ class Draft:
             known = ", ".join(sorted(TARGET_NAMES))
             raise RuleError(f"target `{shown(name)}' is neither a chain nor one of {known}")
 
-    def _delete(self, name: str, rules: Iterable[Rule]) -> None:
-        """Delete the first rule that equals each of these."""
+    def _without(self, name: str, rules: Iterable[Rule]) -> tuple[Entry, ...]:
+        """A chain's rules without the first that equals each of these; RuleError if one has none."""
         remaining = list(self._chain(name).entries)
         for rule in rules:
             self._check_target(rule)
@@ -145,7 +167,7 @@ class Draft:
             if at is None:
                 raise RuleError(f"bad rule: no matching rule in chain `{name}'")
             del remaining[at]
-        self._set_entries(name, tuple(remaining))
+        return tuple(remaining)
 
     def _zero(self, chain: str | None, number: int | None) -> None:
         at = None if number is None or chain is None else self._index(chain, number, "counter")
@@ -162,7 +184,7 @@ class Draft:
 
     # What becomes of chains.
 
-    def _change_chains(self, command: _ChainCommand) -> None:
+    def _change_chains(self, command: ChainCommand) -> None:
         match command:
             case NewChain(name):
                 if name in self.chains:
@@ -172,6 +194,8 @@ class Draft:
                 for name in self._named(chain):
                     if chain is not None or name not in _BUILT_IN:
                         self._delete_chain(name)
+            case Rename(name, new_name):
+                self._rename(name, new_name)
             case SetPolicy(name, policy, counts):
                 if self._chain(name).policy is None:
                     raise RuleError(
@@ -189,6 +213,17 @@ class Draft:
         if references(self.chains, name):
             raise RuleError(f"chain `{name}' is referenced by {references(self.chains, name)} rules")
         del self.chains[name]
+
+    def _rename(self, name: str, new_name: str) -> None:
+        if self._chain(name).policy is not None:
+            raise RuleError(f"cannot rename the built-in chain `{name}'")
+        if new_name in self.chains:
+            raise RuleError(f"chain `{new_name}' already exists")
+        self.chains[new_name] = self.chains.pop(name)
+        for each, chain in self.chains.items():
+            if references({each: chain}, name):
+                entries = tuple(_redirected(entry, name, new_name) for entry in chain.entries)
+                self.chains[each] = replace(chain, entries=entries)
 
     # Looking.
 
@@ -217,3 +252,11 @@ class Draft:
         if number > count:
             raise RuleError(f"index of {purpose} too big: {number}, with {count} rules in `{name}'")
         return number - 1
+
+
+def _redirected(entry: Entry, name: str, new_name: str) -> Entry:
+    """A rule that leads to the new name if it led to the old; it goes on counting."""
+    target = entry.rule.target
+    if not isinstance(target, Jump) or target.chain != name:
+        return entry
+    return replace(entry, rule=replace(entry.rule, target=replace(target, chain=new_name)))

@@ -12,33 +12,38 @@ from typing import Final
 
 from nfq_engine.core import rule_syntax as syntax
 from nfq_engine.core.rule_arguments import FORMS, OPTION_NAMES, Reader
+from nfq_engine.core.rule_commands import (
+    Append,
+    Check,
+    Command,
+    Delete,
+    DeleteChain,
+    DeleteNumber,
+    Flush,
+    Insert,
+    NewChain,
+    Rename,
+    Replace,
+    SetPolicy,
+    Show,
+    Specify,
+    Zero,
+)
 from nfq_engine.core.rule_listing import in_order, specification
 from nfq_engine.core.rule_table import Draft
 from nfq_engine.core.rule_values import (
     NOTHING_COUNTED,
     TABLE,
     AnyTarget,
-    Append,
     BuiltinChain,
-    Command,
     Counts,
-    Delete,
-    DeleteChain,
-    DeleteNumber,
-    Flush,
-    Insert,
     Jump,
     Network,
-    NewChain,
     Policy,
     Rule,
     RuleError,
-    SetPolicy,
-    Show,
-    Specify,
     Target,
     Term,
-    Zero,
     shown,
 )
 from nfq_engine.core.ruleset import Ruleset
@@ -76,6 +81,13 @@ def _append(reader: Reader, words: _Words) -> Command:
 def _insert(reader: Reader, words: _Words) -> Command:
     number = syntax.rule_number(words[1]) if len(words) > 1 else 1
     return Insert(words[0], number, _rules(reader, words[0]), reader.counts)
+
+
+def _replace(reader: Reader, words: _Words) -> Command:
+    number, rules = syntax.rule_number(words[1]), _rules(reader, words[0])
+    if len(rules) > 1:
+        raise RuleError("replacement rule does not specify a unique address")
+    return Replace(words[0], number, rules[0], reader.counts)
 
 
 def _delete(reader: Reader, words: _Words) -> Command:
@@ -117,13 +129,16 @@ def _set_policy(reader: Reader, words: _Words) -> Command:
 _BUILDERS: Final[Mapping[str, Callable[[Reader, _Words], Command]]] = {
     "A": _append,
     "I": _insert,
+    "R": _replace,
     "D": _delete,
+    "C": lambda reader, words: Check(words[0], _rules(reader, words[0])),
     "L": _show,
     "S": _specify,
     "F": lambda _, words: Flush(words[0] if words else None),
     "Z": lambda reader, words: Zero(*_place(reader, words)),
     "N": lambda _, words: NewChain(syntax.chain_name(words[0])),
     "X": lambda _, words: DeleteChain(words[0] if words else None),
+    "E": lambda _, words: Rename(words[0], syntax.chain_name(words[1])),
     "P": _set_policy,
 }
 

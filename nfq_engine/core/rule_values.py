@@ -14,10 +14,11 @@ Rules that hold here:
 from __future__ import annotations
 
 import ipaddress
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
 from nfq_engine.core import packet
 from nfq_engine.core.surroundings import Chance
@@ -46,11 +47,29 @@ class BuiltinChain(StrEnum):
     OUTPUT = "OUTPUT"
 
 
+class AddressType(StrEnum):
+    """What an address is to this host, as its routing tells: the types that can be told apart here."""
+
+    UNICAST = "UNICAST"  # somebody else's
+    LOCAL = "LOCAL"
+    BROADCAST = "BROADCAST"
+    MULTICAST = "MULTICAST"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose socket sent a packet."""
+
+    uid: int
+    gid: int
+
+
 @dataclass(frozen=True, slots=True)
 class RulePacket:
     """What a rule can see of a packet.
 
-    `length` is that of the IP packet, in bytes. Interfaces are names, empty where the hook has none.
+    `length` is that of the IP packet, in bytes. Interfaces are names, empty where the hook has none. No `owner`: nobody
+    knows it, or no socket of this host sent the packet.
     """
 
     flow: packet.FlowTuple
@@ -58,6 +77,9 @@ class RulePacket:
     out_interface: str
     length: int
     mark: int = 0
+    source_type: AddressType = AddressType.UNICAST
+    destination_type: AddressType = AddressType.UNICAST
+    owner: Owner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,24 +195,29 @@ class Jump:
 AnyTarget = Target | Tproxy | Jump
 
 
-class Match(Protocol):
+class Match(ABC):
     """What -m adds to a rule. Equal values mean equal matches."""
 
+    __slots__ = ()
+
+    @abstractmethod
     def arguments(self) -> str:
         """It as the command line says it, from -m on."""
-        ...
 
+    @abstractmethod
     def description(self) -> str:
         """It as -L says it."""
-        ...
 
-    def refusal(self, rule: Rule) -> str | None:
+    @abstractmethod
+    def test(self, chance: Chance | None) -> Test | None:
+        """A fresh test, with a memory of its own if it needs one; None when every packet matches.
+
+        RuleError if it needs chance and there is none.
+        """
+
+    def refusal(self, _: Rule) -> str | None:
         """Why it may not stand in this rule; None when it may."""
-        ...
-
-    def test(self, chance: Chance | None) -> Test:
-        """A fresh test, with a memory of its own if it needs one; RuleError if it needs chance and there is none."""
-        ...
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +285,8 @@ class Tally:
 class CompiledRule:
     """A rule as the ruleset runs it.
 
-    `first` and `last` bound the services (`rule_matches.service_of`) of the packets that match, so that one comparison is
-    enough to pass over most rules; `test` asks for everything that the bounds do not.
+    `first` and `last` bound the services (`rule_compile.service_of`) of the packets that match, so that one comparison
+    is enough to pass over most rules; `test` asks for everything that the bounds do not.
     """
 
     first: int
@@ -283,105 +310,3 @@ class Chain:
     entries: tuple[Entry, ...] = ()
     policy: Policy | None = None
     tally: Tally = field(default_factory=Tally)
-
-
-# Commands: what iptables' command line can ask for. `chain` None stands for all chains; numbers begin at 1.
-
-
-@dataclass(frozen=True, slots=True)
-class Append:
-    """-A: put rules at the end of a chain."""
-
-    chain: str
-    rules: tuple[Rule, ...]
-    counts: Counts = NOTHING_COUNTED
-
-
-@dataclass(frozen=True, slots=True)
-class Insert:
-    """-I: put rules before the one with this number, each before the one that was put there before it."""
-
-    chain: str
-    number: int
-    rules: tuple[Rule, ...]
-    counts: Counts = NOTHING_COUNTED
-
-
-@dataclass(frozen=True, slots=True)
-class Delete:
-    """-D: take the first rule away that equals the given one."""
-
-    chain: str
-    rules: tuple[Rule, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteNumber:
-    """-D with a number."""
-
-    chain: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """-F: take all rules away."""
-
-    chain: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Zero:
-    """-Z: count from nothing again; with a number, one rule only."""
-
-    chain: str | None
-    number: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NewChain:
-    """-N: make a user chain."""
-
-    chain: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteChain:
-    """-X: remove an empty user chain that no rule leads to, or all user chains if they are all such."""
-
-    chain: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class SetPolicy:
-    """-P: set the policy of a built-in chain; its counts begin anew."""
-
-    chain: str
-    policy: Policy
-    counts: Counts = NOTHING_COUNTED
-
-
-@dataclass(frozen=True, slots=True)
-class Specify:
-    """-S: the rules as commands; with `with_counts` their counts too, with `then_zero` they are zeroed afterwards."""
-
-    chain: str | None
-    number: int | None = None
-    with_counts: bool = False
-    then_zero: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Show:
-    """-L: the rules as a table for people; -v, -n, -x, --line-numbers, -Z."""
-
-    chain: str | None
-    number: int | None = None
-    is_verbose: bool = False
-    is_numeric: bool = False
-    is_exact: bool = False
-    has_numbers: bool = False
-    then_zero: bool = False
-
-
-Command = Append | Insert | Delete | DeleteNumber | Flush | Zero | NewChain | DeleteChain | SetPolicy | Specify | Show

@@ -14,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal, assert_never
 
-from nfq_engine.core.rule_matches import service_of
+from nfq_engine.core.rule_commands import (
+    Command,
+)
+from nfq_engine.core.rule_compile import service_of
 from nfq_engine.core.rule_table import Draft, empty_chains
 from nfq_engine.core.rule_values import (
     Accept,
     AnyTarget,
     BuiltinChain,
     Chain,
-    Command,
     Drop,
     Jump,
     Policy,
