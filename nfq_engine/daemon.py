@@ -104,6 +104,7 @@ class Daemon:
         for source, act in self._datapath.sources:
             self._watch(source, act)
         rule = divert.build(self._datapath.layout, settings.queue, settings.mark, fail_open=settings.fail_open)
+        self._datapath.adjust()
         self.description = f"{settings.datapath} by {rule}"
 
     def run(self) -> None:
@@ -123,6 +124,7 @@ class Daemon:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK
                 self._datapath.tick(time.monotonic())
+            self._datapath.adjust()
 
     def close(self) -> None:
         """Give the namespace back: no new packets, then what is queued, then everything else."""
@@ -138,7 +140,8 @@ class Daemon:
         self._selector.register(source, selectors.EVENT_READ, act)
 
     def _drain(self) -> None:
-        self._datapath.slice_end = time.monotonic() + _SLICE
+        self._datapath.slice_begin = time.monotonic()
+        self._datapath.slice_end = self._datapath.slice_begin + _SLICE
         self._queue.drain()
         self._datapath.release()
 

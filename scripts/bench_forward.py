@@ -1,10 +1,10 @@
 """UDP through the gateway, every packet through Python: this engine, accept-only NetfilterQueue, and the Scapy script.
 
 Client, gateway, server, no offload. Each packet is queued at PREROUTING and at POSTROUTING, by the engine's own table,
-in every case: `accept` only accepts, `scapy` dissects, rewrites and rebuilds at PREROUTING (and only accepts at
-POSTROUTING, where there is nothing to rewrite), `engine` is tproxyd with a rule that redirects the flow to the server's
-other port. The sender keeps a bounded number of packets under way, so nothing is dropped and nothing but forwarding is
-measured; the connections are made before the clock starts.
+in every case: `accept` only accepts; `scapy` dissects every packet that it gets, as such scripts do, and rebuilds those
+that it changes, at PREROUTING; `engine` is tproxyd with a rule that redirects the flow to the server's other port. The
+sender keeps a bounded number of packets under way, so nothing is dropped and nothing but forwarding is measured; the
+connections are made before the clock starts.
 """
 
 from __future__ import annotations
@@ -153,12 +153,11 @@ def scapy_rewriter() -> Callable[[Any], None]:
     from scapy.layers.inet import IP, UDP
 
     def rewrite(packet: Any) -> None:
-        if packet.hook == 0:
-            parsed = IP(packet.get_payload())
-            if parsed.haslayer(UDP) and parsed[UDP].dport == ASKED_PORT:
-                parsed[UDP].dport = REDIRECTED_PORT
-                del parsed[IP].len, parsed[IP].chksum, parsed[UDP].len, parsed[UDP].chksum
-                packet.set_payload(bytes(parsed))
+        parsed = IP(packet.get_payload())
+        if parsed.haslayer(UDP) and parsed[UDP].dport == ASKED_PORT:
+            parsed[UDP].dport = REDIRECTED_PORT
+            del parsed[IP].len, parsed[IP].chksum, parsed[UDP].len, parsed[UDP].chksum
+            packet.set_payload(bytes(parsed))
         packet.accept()
 
     return rewrite

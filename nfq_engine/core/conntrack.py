@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from nfq_engine.core.sockref import Sockref
 
 
+PACKET: Final = 1 << 48  # one packet in `Entry.traffic`, whose lower bits count bytes
+
+
 class Direction(IntEnum):
     """Which way a packet of a connection goes."""
 
@@ -221,13 +224,28 @@ class Connection:
     def traffic(self, direction: Direction) -> tuple[int, int]:
         """Packets and bytes of one direction: counted at the destination stage, which each packet passes once."""
         entry = self.entries.get((Stage.DESTINATION, direction))
-        return (entry.packets, entry.bytes) if entry is not None else (0, 0)
+        return divmod(entry.traffic, PACKET) if entry is not None else (0, 0)
 
 
 class Entry:
-    """What happens to one wire tuple at one stage: the connection, the way, the prepared rewrite, and how often."""
+    """What happens to one wire tuple at one stage: the connection, the way, the prepared rewrite, and how often.
 
-    __slots__ = ("bytes", "connection", "direction", "is_settled", "last_seen", "packets", "rewrite")
+    With thousands of flows the hot path's time goes into objects that are in no cache, so it finds all it needs here:
+    the parts of the rewrite (`key` is None when there is none), and packets and bytes in one number, `traffic`, of
+    which a packet is worth `PACKET` and its bytes.
+    """
+
+    __slots__ = (
+        "address_delta",
+        "connection",
+        "delta",
+        "direction",
+        "is_settled",
+        "key",
+        "last_seen",
+        "rewrite",
+        "traffic",
+    )
 
     def __init__(self, connection: Connection, direction: Direction, rewrite: Rewrite | None) -> None:
         self.connection = connection
@@ -235,8 +253,10 @@ class Entry:
         self.rewrite = rewrite
         self.is_settled = (connection.state, direction) in _SETTLED
         self.last_seen = connection.created
-        self.packets = 0
-        self.bytes = 0
+        self.traffic = 0
+        self.key = rewrite.key if rewrite is not None else None
+        self.address_delta = rewrite.address_delta if rewrite is not None else 0
+        self.delta = rewrite.delta if rewrite is not None else 0
 
 
 class ConnectionTable:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
-from nfq_engine.core.conntrack import ConnectionTable, Entry, Stage
+from nfq_engine.core.conntrack import PACKET, ConnectionTable, Entry, Stage
 from nfq_engine.core.packet import IPV6_HEADER, Protocol
 
 # version and tos, total length, identification, fragment, ttl, protocol, checksum, KEY, length, checksum
@@ -72,17 +72,16 @@ def _udp4(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     if entry is None or not entry.is_settled or total != length or fragment & _FRAGMENT or size != length - 20:
         return None
     entry.last_seen = now
-    entry.packets += 1
-    entry.bytes += length
-    rewrite = entry.rewrite
-    if rewrite is None:
+    entry.traffic += PACKET + length
+    new_key = entry.key
+    if new_key is None:
         return data
-    header = (header ^ 0xFFFF) + rewrite.address_delta
+    header = (header ^ 0xFFFF) + entry.address_delta
     header = ((header & 0xFFFF) + (header >> 16)) ^ 0xFFFF
     if checksum:  # 0: none was sent; a computed 0 is sent as all ones (RFC 768)
-        checksum = (checksum ^ 0xFFFF) + rewrite.delta
+        checksum = (checksum ^ 0xFFFF) + entry.delta
         checksum = ((checksum & 0xFFFF) + (checksum >> 16)) ^ 0xFFFF or 0xFFFF
-    packed = _UDP4.pack(start, total, identification, fragment, ttl, protocol, header, rewrite.key, size, checksum)
+    packed = _UDP4.pack(start, total, identification, fragment, ttl, protocol, header, new_key, size, checksum)
     return packed + data[28:]
 
 
@@ -99,17 +98,16 @@ def _tcp4(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     ):
         return None
     entry.last_seen = now
-    entry.packets += 1
-    entry.bytes += length
-    rewrite = entry.rewrite
-    if rewrite is None:
+    entry.traffic += PACKET + length
+    new_key = entry.key
+    if new_key is None:
         return data
-    header = (header ^ 0xFFFF) + rewrite.address_delta
+    header = (header ^ 0xFFFF) + entry.address_delta
     header = ((header & 0xFFFF) + (header >> 16)) ^ 0xFFFF
-    checksum = (checksum ^ 0xFFFF) + rewrite.delta
+    checksum = (checksum ^ 0xFFFF) + entry.delta
     checksum = ((checksum & 0xFFFF) + (checksum >> 16)) ^ 0xFFFF
     packed = _TCP4.pack(
-        start, total, identification, fragment, ttl, protocol, header, rewrite.key, numbers, flags, window, checksum
+        start, total, identification, fragment, ttl, protocol, header, new_key, numbers, flags, window, checksum
     )
     return packed + data[38:]
 
@@ -120,15 +118,14 @@ def _udp6(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     if entry is None or not entry.is_settled or payload != length - IPV6_HEADER or size != payload:
         return None
     entry.last_seen = now
-    entry.packets += 1
-    entry.bytes += length
-    rewrite = entry.rewrite
-    if rewrite is None:
+    entry.traffic += PACKET + length
+    new_key = entry.key
+    if new_key is None:
         return data
     if checksum:  # 0 is not allowed (RFC 8200 section 8.1) except for tunnels (RFC 6935): it stays what it was
-        checksum = (checksum ^ 0xFFFF) + rewrite.delta
+        checksum = (checksum ^ 0xFFFF) + entry.delta
         checksum = ((checksum & 0xFFFF) + (checksum >> 16)) ^ 0xFFFF or 0xFFFF
-    return _UDP6.pack(start, payload, protocol, hops, rewrite.key, size, checksum) + data[48:]
+    return _UDP6.pack(start, payload, protocol, hops, new_key, size, checksum) + data[48:]
 
 
 def _tcp6(entries: _Entries, data: bytes, length: int, now: float) -> bytes | None:
@@ -137,14 +134,13 @@ def _tcp6(entries: _Entries, data: bytes, length: int, now: float) -> bytes | No
     if entry is None or not entry.is_settled or payload != length - IPV6_HEADER or not _is_plain(flags, payload):
         return None
     entry.last_seen = now
-    entry.packets += 1
-    entry.bytes += length
-    rewrite = entry.rewrite
-    if rewrite is None:
+    entry.traffic += PACKET + length
+    new_key = entry.key
+    if new_key is None:
         return data
-    checksum = (checksum ^ 0xFFFF) + rewrite.delta
+    checksum = (checksum ^ 0xFFFF) + entry.delta
     checksum = ((checksum & 0xFFFF) + (checksum >> 16)) ^ 0xFFFF
-    return _TCP6.pack(start, payload, protocol, hops, rewrite.key, numbers, flags, window, checksum) + data[58:]
+    return _TCP6.pack(start, payload, protocol, hops, new_key, numbers, flags, window, checksum) + data[58:]
 
 
 def _is_plain(flags: int, length: int) -> bool:

@@ -17,7 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from nfq_engine.core.conntrack import TRANSITIONS, Connection, ConnectionTable, Direction, Entry, Stage, State, event_of
+from nfq_engine.core.conntrack import (
+    PACKET,
+    TRANSITIONS,
+    Connection,
+    ConnectionTable,
+    Direction,
+    Entry,
+    Stage,
+    State,
+    event_of,
+)
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.hotpath import HotPath
 from nfq_engine.core.nat import Allocator, Choice, PortRange, Taken
@@ -120,8 +130,7 @@ class Engine(TproxyTable):
 
     def _account(self, entry: Entry, arrival: Arrival, segment: Segment, stage: Stage) -> None:
         """Count a packet, and let the connection's state follow it, at the one stage that every packet passes once."""
-        entry.packets += 1
-        entry.bytes += len(arrival.data)
+        entry.traffic += PACKET + len(arrival.data)
         connection = entry.connection
         entry.last_seen = arrival.now
         if stage is Stage.DESTINATION or connection.state is State.NONE:

@@ -40,6 +40,7 @@ class Datapath(ABC):
 
     def __init__(self, table: TproxyTable, interfaces: HostInterfaces, mark: int) -> None:
         self.table = table
+        self.slice_begin = 0.0  # the time that packets of this turn are said to have come: one object for all of them
         self.slice_end = 0.0  # when to leave the rest of the queue for later
         self.handle_whole: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
         self._interfaces = interfaces

@@ -45,8 +45,7 @@ class InlineDatapath(Datapath):
         def handle(packet: QueuedPacket) -> None:
             data = packet.get_payload()
             hook = packet.hook
-            now = clock()
-            translated = translate(stages[hook], data, now)
+            translated = translate(stages[hook], data, self.slice_begin)
             if translated is None:
                 decide(packet, data)
             elif translated is data:
@@ -56,17 +55,18 @@ class InlineDatapath(Datapath):
                 all_translated[hook] += 1
                 packet.set_payload(translated)
                 packet.accept()
-            if now > self.slice_end:
+            if clock() > self.slice_end:
                 raise SliceOver
 
         return handle
 
     def settle(self) -> None:
         """Hand what was counted here to the engine's counters."""
-        for hook in Hook:
-            self._engine.counters.count(hook, Reason.TRANSLATED, self._translated[hook])
-            self._engine.counters.count(hook, Reason.ESTABLISHED, self._passed[hook])
-            self._translated[hook] = self._passed[hook] = 0
+        for reason, packets in ((Reason.TRANSLATED, self._translated), (Reason.ESTABLISHED, self._passed)):
+            for hook in Hook:
+                if packets[hook]:
+                    self._engine.counters.count(hook, reason, packets[hook])
+                    packets[hook] = 0
 
     def tick(self, now: float) -> None:
         """Forget the connections whose time is over."""
