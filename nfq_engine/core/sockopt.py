@@ -183,7 +183,7 @@ class SocketApi:
         if kind == Flag.ESTABLISHED and not sockref.has_remote:
             return errno.EINVAL
         self._table.delete_related(sockref)
-        sockref.flags = Flag(wanted) | sockref.flags & Flag.CONNECT_ONLY
+        self._sockrefs.set_flags(sockref, Flag(wanted) | sockref.flags & Flag.CONNECT_ONLY)
         return 0
 
     def _allocate(self, socket: Socket) -> int:

@@ -81,9 +81,13 @@ _Hash = dict[_Key, dict[Sockref, None]]  # the inner dict is a set that keeps it
 
 
 class SockrefTable:
-    """Every sockref, in a hash by local and a hash by foreign endpoint."""
+    """Every sockref, in a hash by local and a hash by foreign endpoint.
+
+    `on_change` is told of every sockref that was added or removed, or has got another foreign endpoint or other flags.
+    """
 
     def __init__(self) -> None:
+        self.on_change: Callable[[Sockref], None] = lambda _: None
         self._by_local: _Hash = {}
         self._by_foreign: _Hash = {}
         self._by_cookie: dict[int, Sockref] = {}
@@ -94,6 +98,9 @@ class SockrefTable:
     def __iter__(self) -> Iterator[Sockref]:
         for entries in self._by_local.values():
             yield from entries
+
+    def __contains__(self, sockref: Sockref) -> bool:
+        return sockref in self._by_local.get((sockref.protocol, sockref.local), ())
 
     def of_socket(self, cookie: int) -> Sockref | None:
         """The sockref of a socket."""
@@ -133,6 +140,7 @@ class SockrefTable:
         self._by_foreign.setdefault((sockref.protocol, sockref.foreign), {})[sockref] = None
         for cookie in sockref.cookies:
             self._by_cookie[cookie] = sockref
+        self.on_change(sockref)
 
     def share(self, sockref: Sockref, cookie: int) -> None:
         """Let one more socket use a mark-only sockref."""
@@ -152,12 +160,19 @@ class SockrefTable:
         _discard(self._by_foreign, (sockref.protocol, sockref.foreign), sockref)
         for cookie in sockref.cookies:
             self._by_cookie.pop(cookie, None)
+        self.on_change(sockref)
+
+    def set_flags(self, sockref: Sockref, flags: Flag) -> None:
+        """Say what a sockref is for."""
+        sockref.flags = flags
+        self.on_change(sockref)
 
     def set_foreign(self, sockref: Sockref, foreign: Endpoint) -> None:
         """Give a sockref another foreign endpoint (a port that was picked)."""
         _discard(self._by_foreign, (sockref.protocol, sockref.foreign), sockref)
         sockref.foreign = foreign
         self._by_foreign.setdefault((sockref.protocol, foreign), {})[sockref] = None
+        self.on_change(sockref)
 
 
 def _best(entries: Iterable[Sockref], remote: Endpoint, accept: Callable[[Sockref], bool]) -> Sockref | None:

@@ -64,7 +64,7 @@ class TproxyTable(ABC):
 
     def __init__(self, interfaces: Interfaces, chance: Chance, ports: PortRange) -> None:
         self.sockrefs = SockrefTable()
-        self.ruleset = Ruleset()
+        self.ruleset = Ruleset(chance)
         self.counters = Counters()
         self.chance = chance
         self.ports = ports

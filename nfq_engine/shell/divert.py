@@ -17,8 +17,13 @@ With `inline`, packets that arrive on `lo` are left alone at PREROUTING: they ha
 already. The rules with `ct` carry the mark over to the connection and back; they are also what makes the kernel put
 fragments together (it does so only in a namespace that uses conntrack).
 
-With `kernel`, a packet that the engine has decided on carries the mark when it comes to the nat chains, which look for
-its mapping in the maps only then. Their elements are put in just before the packet is let go (kernel_nat.py).
+With `kernel`, only what a rule or a sockref could want is diverted (narrowing.py). A packet that the engine has decided
+on carries the mark when it comes to the nat chains, which look for its mapping in the maps only then. Their elements
+are put in just before the packet is let go (kernel_nat.py).
+
+Datagrams for one-way listeners (UNIDIR) are diverted at -300, rewritten there, and kept from conntrack at -299, so that
+no state is kept of them. The listener's foreign endpoint may be shared with sockrefs that are narrowed to one peer:
+what has got a mapping there is in `tracked`, and left to conntrack.
 
 Removing a base chain drops whatever is queued in the namespace, and removing the last nat chain ends all translation,
 so the table is built once and stays until the end. A table left by an engine that was killed keeps diverting to a queue
@@ -32,6 +37,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from nfq_engine.core.rule_values import BuiltinChain
 from nfq_engine.shell import nftables
 from nfq_engine.shell.nftables import NftError, NftSocket
 
@@ -40,13 +46,17 @@ from nfq_engine.shell.nftables import NftError, NftSocket
 _LARGEST_SEGMENT: Final = 65531 - 60
 
 TABLE: Final = "nfq_tproxy"
-_TO_QUEUE: Final = "to_queue"
+TO_QUEUE: Final = "to_queue"
+# The chains that follow the ruleset (narrowing.py); until they do, they want everything.
+WANTED: Final = {BuiltinChain.PREROUTING: "wanted_prerouting", BuiltinChain.OUTPUT: "wanted_output"}
 _ICMP_ERRORS: Final = "destination-unreachable, source-quench, redirect, time-exceeded, parameter-problem"
 _ICMPV6_ERRORS: Final = "destination-unreachable, packet-too-big, time-exceeded, parameter-problem"
 
 _MAP_SIZE: Final = 65536  # elements; each is there for the packets of one turn
 _MAP_TIMEOUT: Final = "10s"
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
+_TUPLE: Final = "meta l4proto . {0} saddr . th sport . {0} daddr . th dport"
+_ONE_WAY: Final = "{1} daddr . udp dport @one_way{0} {1} saddr . udp sport . {1} daddr . udp dport != @tracked{0} {2}"
 
 
 class DivertError(Exception):
@@ -66,13 +76,13 @@ class Layout:
 def _inline_text(mark: int) -> str:
     return f"""
 table inet {TABLE} {{
-    chain {_TO_QUEUE} {{
+    chain {TO_QUEUE} {{
     }}
     chain diverted {{
         tcp flags syn tcp option maxseg size set {_LARGEST_SEGMENT}
-        meta l4proto {{ tcp, udp }} jump {_TO_QUEUE}
-        icmp type {{ {_ICMP_ERRORS} }} jump {_TO_QUEUE}
-        icmpv6 type {{ {_ICMPV6_ERRORS} }} jump {_TO_QUEUE}
+        meta l4proto {{ tcp, udp }} jump {TO_QUEUE}
+        icmp type {{ {_ICMP_ERRORS} }} jump {TO_QUEUE}
+        icmpv6 type {{ {_ICMPV6_ERRORS} }} jump {TO_QUEUE}
     }}
     chain carry_mark {{
         meta mark & {mark:#x} == {mark:#x} ct mark & {mark:#x} == 0 ct mark set ct mark | {mark:#x}
@@ -109,75 +119,123 @@ table inet {TABLE} {{
 
 def _kernel_text(mark: int) -> str:
     is_marked = f"meta mark & {mark:#x} == {mark:#x}"
-    tuple4 = "meta l4proto . ip saddr . th sport . ip daddr . th dport"
-    tuple6 = "meta l4proto . ip6 saddr . th sport . ip6 daddr . th dport"
+    is_first = f"meta l4proto {{ tcp, udp }} {_UNCONFIRMED}"
     return f"""
 table inet {TABLE} {{
-    {_map_text("destination4", "ipv4_addr")}
-    {_map_text("destination6", "ipv6_addr")}
-    {_map_text("source4", "ipv4_addr")}
-    {_map_text("source6", "ipv6_addr")}
-    chain {_TO_QUEUE} {{
+    {_sets_text()}
+    chain {TO_QUEUE} {{
     }}
-    chain diverted {{
-        meta l4proto {{ tcp, udp }} {_UNCONFIRMED} jump {_TO_QUEUE}
+    chain {WANTED[BuiltinChain.PREROUTING]} {{
+        jump {TO_QUEUE}
     }}
-    chain recall_mark {{
-        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+    chain {WANTED[BuiltinChain.OUTPUT]} {{
+        jump {TO_QUEUE}
+    }}
+    chain to_foreign {{
+        {_ONE_WAY.format(4, "ip", "accept")}
+        {_ONE_WAY.format(6, "ip6", "accept")}
+        meta l4proto . ip daddr . th dport @foreign4 jump {TO_QUEUE}
+        meta l4proto . ip6 daddr . th dport @foreign6 jump {TO_QUEUE}
+    }}
+    chain from_local {{
+        meta l4proto . ip saddr . th sport @local4 jump {TO_QUEUE}
+        meta l4proto . ip6 saddr . th sport @local6 jump {TO_QUEUE}
+    }}
+    chain first_prerouting {{
+        jump to_foreign
+        jump {WANTED[BuiltinChain.PREROUTING]}
+    }}
+    chain first_output {{
+        jump to_foreign
+        jump from_local
+        jump {WANTED[BuiltinChain.OUTPUT]}
+    }}
+    chain one_way {{
+        {_ONE_WAY.format(4, "ip", f"jump {TO_QUEUE}")}
+        {_ONE_WAY.format(6, "ip6", f"jump {TO_QUEUE}")}
+    }}
+    chain untrack {{
+        ip daddr . udp dport @one_way_local4 notrack
+        ip6 daddr . udp dport @one_way_local6 notrack
     }}
     chain to_destination {{
         ct mark set ct mark | {mark:#x}
-        dnat ip to {tuple4} map @destination4
-        dnat ip6 to {tuple6} map @destination6
+        dnat ip to {_TUPLE.format("ip")} map @destination4
+        dnat ip6 to {_TUPLE.format("ip6")} map @destination6
     }}
     chain to_source {{
         ct mark set ct mark | {mark:#x}
-        snat ip to {tuple4} map @source4
-        snat ip6 to {tuple6} map @source6
+        snat ip to {_TUPLE.format("ip")} map @source4
+        snat ip6 to {_TUPLE.format("ip6")} map @source6
     }}
+    {_base_chain("raw_prerouting", "filter hook prerouting priority -300", "meta l4proto udp jump one_way")}
+    {_base_chain("raw_output", "filter hook output priority -300", "meta l4proto udp jump one_way")}
+    {_base_chain("untrack_prerouting", "filter hook prerouting priority -299", f"{is_marked} jump untrack")}
+    {_base_chain("untrack_output", "filter hook output priority -299", f"{is_marked} jump untrack")}
     chain prerouting {{
         type filter hook prerouting priority -130; policy accept;
-        jump recall_mark
-        jump diverted
+        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+        {is_first} jump first_prerouting
     }}
     chain output {{
         type filter hook output priority -130; policy accept;
-        jump recall_mark
-        jump diverted
+        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+        {is_first} jump first_output
     }}
-    chain postrouting {{
-        type filter hook postrouting priority 98; policy accept;
-        jump diverted
-    }}
-    chain nat_prerouting {{
-        type nat hook prerouting priority -101; policy accept;
-        {is_marked} jump to_destination
-    }}
-    chain nat_output {{
-        type nat hook output priority -101; policy accept;
-        {is_marked} jump to_destination
-    }}
-    chain nat_postrouting {{
-        type nat hook postrouting priority 99; policy accept;
-        {is_marked} jump to_source
-    }}
+    {_base_chain("postrouting", "filter hook postrouting priority 98", f"{is_first} jump from_local")}
+    {_base_chain("nat_prerouting", "nat hook prerouting priority -101", f"{is_marked} jump to_destination")}
+    {_base_chain("nat_output", "nat hook output priority -101", f"{is_marked} jump to_destination")}
+    {_base_chain("nat_postrouting", "nat hook postrouting priority 99", f"{is_marked} jump to_source")}
 }}
 """
 
 
-def _map_text(name: str, address: str) -> str:
-    """A map from the tuple of a packet to an endpoint."""
-    key = f"inet_proto . {address} . inet_service . {address} . inet_service"
-    return f"""map {name} {{
-        type {key} : {address} . inet_service
+def _base_chain(name: str, hook: str, rule: str) -> str:
+    """A base chain with one rule."""
+    return f"""chain {name} {{
+        type {hook}; policy accept;
+        {rule}
+    }}"""
+
+
+def _sets_text() -> str:
+    """The sets and maps of datapath `kernel`; in the maps a packet's tuple leads to an endpoint."""
+    text = ""
+    for version in (4, 6):
+        endpoint = f"ipv{version}_addr . inet_service"
+        types = {
+            "foreign": f"inet_proto . {endpoint}",
+            "local": f"inet_proto . {endpoint}",
+            "one_way": endpoint,
+            "one_way_local": endpoint,
+            "tracked": f"{endpoint} . {endpoint}",
+        }
+        for name, key in types.items():
+            text += f"""
+    set {name}{version} {{
+        type {key}
+    }}"""
+        for name in ("destination", "source"):
+            text += f"""
+    map {name}{version} {{
+        type inet_proto . {endpoint} . {endpoint} : {endpoint}
         flags timeout
         timeout {_MAP_TIMEOUT}
         size {_MAP_SIZE}
     }}"""
+    return text
 
 
 INLINE: Final = Layout("layout_inline_1", (), _inline_text)
-KERNEL: Final = Layout("layout_kernel_1", ("destination4", "destination6", "source4", "source6"), _kernel_text)
+KERNEL: Final = Layout(
+    "layout_kernel_1",
+    tuple(
+        f"{name}{version}"
+        for name in ("foreign", "local", "one_way", "one_way_local", "tracked", "destination", "source")
+        for version in (4, 6)
+    ),
+    _kernel_text,
+)
 
 
 def build(layout: Layout, queue: int, mark: int, *, fail_open: bool) -> str:
@@ -187,7 +245,7 @@ def build(layout: Layout, queue: int, mark: int, *, fail_open: bool) -> str:
     chain `to_queue` drops, and a second transaction puts the NFQUEUE target in the place of that.
     """
     text = _cleared(layout) + layout.text(mark) + f"add chain inet {TABLE} {layout.name}\n"
-    to_queue = f"add rule inet {TABLE} {_TO_QUEUE}"
+    to_queue = f"add rule inet {TABLE} {TO_QUEUE}"
     try:
         nftables.run(f"{text}{to_queue} queue {'flags bypass ' if fail_open else ''}to {queue}\n")
         return "nft queue statement"
@@ -199,7 +257,7 @@ def build(layout: Layout, queue: int, mark: int, *, fail_open: bool) -> str:
         raise DivertError(f"nft refused the table {TABLE}: {error}") from error
     nft = NftSocket(TABLE)
     try:
-        nft.replace_by_target(_TO_QUEUE, queue, bypass=fail_open)
+        nft.replace_by_target(TO_QUEUE, queue, bypass=fail_open)
     except OSError as error:
         remove()
         raise DivertError(

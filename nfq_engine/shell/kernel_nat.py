@@ -18,20 +18,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from nfq_engine import wire
-from nfq_engine.core.conntrack import Stage
+from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
-from nfq_engine.core.packet import Endpoint, FlowTuple, Hook
+from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.tracked import Tracked, Traffic
 from nfq_engine.shell import divert
 from nfq_engine.shell.ctnetlink import ConntrackNews, KernelConntrack
 from nfq_engine.shell.datapath import Datapath, Source, log
 from nfq_engine.shell.forms import flow_form
 from nfq_engine.shell.interfaces import HostInterfaces
+from nfq_engine.shell.narrowing import Diversion, endpoint_key, protocol_key
 from nfq_engine.shell.nftables import Element, NftSocket
 from nfq_engine.shell.queue import QueuedPacket, SliceOver
 
 _REASONS: Final = {errno.ENFILE: Reason.MAP_FULL}
+
+_PAIR4: Final = 2 * (4 + 4)  # bytes of two IPv4 endpoints in a key
 
 _Held = tuple[QueuedPacket, Hook, Decision, Mapping]
 
@@ -49,6 +52,10 @@ class KernelDatapath(Datapath):
         self._nft = NftSocket(divert.TABLE)
         self._held: list[_Held] = []
         self._spent: dict[str, list[bytes]] = {}  # keys by map, put in for packets that have been released
+        self._diversion = Diversion(engine, self._nft)
+        self._tracked: set[bytes] = set()  # what the sets `tracked` have
+        self._gone: set[bytes] = set()  # what they are to lose
+        engine.on_forget = self._forget
 
     def callback(self) -> Callable[[QueuedPacket], None]:
         """Decide on a first packet; give its verdict now, or when its mapping is in place."""
@@ -78,6 +85,12 @@ class KernelDatapath(Datapath):
     def settle(self) -> None:
         """Read conntrack's reports."""
         self._read_news()
+
+    def adjust(self) -> None:
+        """Divert what sockrefs and rules could want now."""
+        if self._gone:
+            self._untrack()
+        self._diversion.adjust()
 
     def tick(self, now: float) -> None:
         """Forget decisions that came to nothing, and take the last elements out."""
@@ -143,8 +156,11 @@ class KernelDatapath(Datapath):
         """Put mappings in, in the place of those that have done their work; 0, or the errno of the refusal."""
         added: dict[str, dict[bytes, bytes]] = {}
         for mapping in mappings:
-            added.setdefault(_map_of(mapping), {})[_key(mapping.flow)] = _endpoint(mapping.to)
+            added.setdefault(_map_of(mapping), {})[_key(mapping.flow)] = endpoint_key(mapping.to)
         elements: dict[str, Iterable[Element]] = {name: inside.items() for name, inside in added.items()}
+        tracked = {_pair(mapping.flow) for mapping in mappings if self._is_kept_from_one_way(mapping)}
+        if tracked:
+            elements |= _by_version("tracked", tracked)
         try:
             try:
                 self._nft.change(elements, self._spent)
@@ -152,6 +168,7 @@ class KernelDatapath(Datapath):
                 if not self._spent or error.errno == errno.ETIMEDOUT:
                     raise
                 self._nft.change(elements)  # elements have timed out meanwhile: there is nothing to take out
+            self._tracked |= tracked
             return 0
         except OSError as error:
             return error.errno or errno.EIO
@@ -170,6 +187,29 @@ class KernelDatapath(Datapath):
                 self._nft.change({}, spent)
             except OSError as error:
                 log.info("elements were gone before they were taken out: %s", error.strerror)
+
+    # Connections to one-way endpoints (divert.py).
+
+    def _is_kept_from_one_way(self, mapping: Mapping) -> bool:
+        """Would the connection's packets be taken for datagrams of a one-way listener?"""
+        flow = mapping.flow
+        is_datagram = flow.protocol is Protocol.UDP and mapping.stage is Stage.DESTINATION
+        return is_datagram and self._diversion.is_one_way(flow.destination)
+
+    def _forget(self, connection: Connection) -> None:
+        if self._tracked and (pair := _pair(connection.original)) in self._tracked:
+            self._gone.add(pair)
+
+    def _untrack(self) -> None:
+        """Let the packets of connections that have gone be taken for datagrams again."""
+        gone, self._gone = self._gone, set()
+        self._tracked -= gone
+        try:
+            self._nft.change(
+                {}, {name: [key for key, _ in pairs] for name, pairs in _by_version("tracked", gone).items()}
+            )
+        except OSError as error:
+            log.error("connections could not be taken out of the sets `tracked`: %s", error.strerror)
 
     # The listing.
 
@@ -212,11 +252,20 @@ def _map_of(mapping: Mapping) -> str:
             return f"source{version}"
 
 
-def _endpoint(endpoint: Endpoint) -> bytes:
-    """Address and port, each padded to four bytes, as in keys and data of nft."""
-    return endpoint.address + endpoint.port.to_bytes(2, "big") + b"\0\0"
+def _pair(flow: FlowTuple) -> bytes:
+    """Source and destination, as the key of the sets `tracked`."""
+    return endpoint_key(flow.source) + endpoint_key(flow.destination)
 
 
 def _key(flow: FlowTuple) -> bytes:
     """A tuple as the key of the maps: protocol, source, destination."""
-    return bytes((flow.protocol, 0, 0, 0)) + _endpoint(flow.source) + _endpoint(flow.destination)
+    return protocol_key(flow.protocol) + _pair(flow)
+
+
+def _by_version(name: str, pairs: Iterable[bytes]) -> dict[str, list[Element]]:
+    """Keys of two endpoints as elements of the sets for their families."""
+    elements: dict[str, list[Element]] = {}
+    for pair in pairs:
+        version = 4 if len(pair) == _PAIR4 else 6
+        elements.setdefault(f"{name}{version}", []).append((pair, b""))
+    return elements
