@@ -171,6 +171,9 @@ class Supervisor:
                     self._do_option(notification, caller)
         except OSError as problem:
             self._listener.answer(notification, problem.errno or errno.EIO)
+        except Exception:  # one call fails; the programs' other calls still need us
+            _log.exception("a call of thread %d fails with EIO", notification.thread)
+            self._listener.answer(notification, errno.EIO)
 
     def _receive(self, notification: Notification, caller: Caller, handles: ExitStack) -> None:
         """Serve a recvmsg of a socket that has IP_RECVORIGADDRS on; the kernel does all others."""
