@@ -19,7 +19,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -71,8 +71,10 @@ class Site:
 class Builder:
     """Carries out plans. Close it, or use it in a `with`: that removes what it built."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: Callable[[Namespace], object] = lambda _: None) -> None:
+        """`made` is told of each namespace, before anything runs in it."""
         self.sites: dict[str, Site] = {}
+        self._made = made
 
     def namespace(self, node: str) -> Namespace:
         """The namespace of a node that was built."""
@@ -122,6 +124,7 @@ class Builder:
 
     def _make_namespace(self, operation: MakeNamespace) -> None:
         namespace = Namespace.new()
+        self._made(namespace)
         with namespace.entered():
             netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
             netlink.bind((0, 0))

@@ -1,13 +1,14 @@
 """Labs: a topology, alive, from the first namespace to the last undo.
 
-Owns: the order of things. Leftovers of killed labs go first; then namespaces and links; then captures, so that they see
-the first packet; then engines; then services. Everything is undone in reverse, and every failure of that is told.
+Owns: the order of things. Leftovers of killed labs go first; then a warden is set over what comes; then namespaces and
+links; then captures, so that they see the first packet; then engines; then services. Everything is undone in reverse,
+and every failure of that is told.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from testbed import capabilities
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.netns import Namespace
+from testbed.nsid import Watch
 from testbed.plan import plan
 from testbed.process import Program, ServiceError, environment, sweep
-from testbed.topology import Address, Node, Readiness, Service, Topology
+from testbed.topology import ENGINE, Address, Node, Readiness, Service, Topology
+from testbed.topology_file import check
+from testbed.undo import Undo
+from testbed.warden_handle import WardenHandle
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
+_DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces apart
 
 _Result = TypeVar("_Result")
 
@@ -108,28 +115,26 @@ class Lab:
         self.topology = topology
         self.capture: CaptureSession | None = None
         self.programs: dict[tuple[str, str], Program] = {}
+        self.left_over: list[str] = []  # after the end: what outlived the undoing, and that was killed if it could be
         self._wants_capture = capture
         self._wants_programs = programs
         self._engine_options = engine_options or {}
         self._builder = Builder()
-        self._undo = contextlib.ExitStack()
-        self._keeps = directory is not None
-        self.directory = directory if directory is not None else Path(tempfile.mkdtemp(prefix="testbed-"))
+        self._watch: Watch | None = None
+        self._undo = Undo()
+        self._is_temporary = directory is None
+        self.directory = directory or Path(tempfile.gettempdir(), f"testbed-{topology.name}-{secrets.token_hex(8)}")
 
     def __enter__(self) -> Self:
-        sweep()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self._keeps:
-            self._undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
         try:
-            self._undo.callback(self._builder.close)
-            self._builder.build(plan(self.topology))
+            self._build()
             if self._wants_capture:
                 self._start_capture()
             if self._wants_programs:
                 self.start_programs()
-        except BaseException:
-            self._undo.close()
+        except BaseException as error:
+            for failure in self._undo.run():
+                error.add_note(f"while undoing: {failure}")
             raise
         return self
 
@@ -138,9 +143,37 @@ class Lab:
     ) -> None:
         died = [program for program in self.programs.values() if program.returncode not in (None, 0)]
         complaints = [f"{program.label} had ended with {program.returncode}{program.tail()}" for program in died]
-        self._undo.close()
-        if complaints and error is None:
+        complaints += self._undo.run()
+        if error is not None:
+            for complaint in complaints:
+                error.add_note(complaint)
+        elif complaints:
             raise LabError("\n".join(complaints))
+
+    def _build(self) -> None:
+        """Namespaces, links, and what watches over them."""
+        if missing := capabilities.probe().missing(required=True):
+            raise LabError(capabilities.explain(capabilities.Capabilities(missing)))
+        check(self.topology)
+        sweep()
+        warden = WardenHandle()
+        self._undo.add("the end of the namespaces", self._await_deletion)
+        self._undo.add("the warden", lambda: self.left_over.extend(warden.finish()))
+        if self._is_temporary:
+            warden.remove(self.directory)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=not self._is_temporary)
+        self._builder = Builder(warden.guard)
+        self._undo.add("the namespaces", self._builder.close)
+        self._builder.build(plan(self.topology))
+        with contextlib.suppress(PermissionError):  # inside somebody else's namespace we see no others end
+            self._watch = Watch({node.name: self._builder.namespace(node.name) for node in self.topology.nodes})
+
+    def _await_deletion(self) -> None:
+        """Wait until the kernel has taken the namespaces apart."""
+        if self._watch is not None:
+            with self._watch:
+                held = self._watch.remaining(_DELETE_PATIENCE)
+            self.left_over += [f"the namespace of {node}, held by a socket or descriptor" for node in held]
 
     def __getitem__(self, name: str) -> NodeHandle:
         return NodeHandle(self, self.topology.node(name), self._builder.namespace(name))
@@ -154,9 +187,9 @@ class Lab:
         if key not in self.programs:
             log.unlink(missing_ok=True)  # of an earlier lab in this directory
         namespace = self._builder.namespace(node)
-        program = Program.start(f"{node}/{service.name}", service.command, namespace, log, service.ready)
+        program = Program(f"{node}/{service.name}", service.command, namespace, log, service.ready)
         self.programs[key] = program
-        self._undo.callback(program.stop)
+        self._undo.add(program.label, program.stop)
         return program
 
     def start_programs(self) -> None:
@@ -168,14 +201,12 @@ class Lab:
                 self.start(node.name, service)
 
     def _start_capture(self) -> None:
-        points = [
-            CapturePoint(end.node, end.interface, self._builder.namespace(end.node))
-            for node in self.topology.nodes
-            for end in self.topology.ends_of(node.name)
-        ]
+        """Captures at the interfaces that the topology names; there is a session even when it names none."""
+        interfaces = [label.split(":") for label in self.topology.captured()]
+        points = [CapturePoint(node, interface, self._builder.namespace(node)) for node, interface in interfaces]
         self.capture = CaptureSession(points, self.directory)
         self.capture.start()
-        self._undo.callback(self.capture.stop)
+        self._undo.add("the captures", self.capture.stop)
 
     def _start_engine(self, node: Node) -> None:
         """Start a node's engine with its ruleset in a file, as a user would."""
@@ -187,4 +218,4 @@ class Lab:
         rules.write_text("\n".join(["*tproxy", *chains, *spec.rules, "COMMIT", ""]))
         command = ("tproxyd", "--datapath", spec.datapath, "--ruleset", str(rules), "--notify-fd", "{notify_fd}")
         options = (*spec.options, *self._engine_options.get(node.name, ()))
-        self.start(node.name, Service("tproxyd", (*command, *options), Readiness(notify=True)))
+        self.start(node.name, Service(ENGINE, (*command, *options), Readiness(notify=True)))

@@ -1,14 +1,13 @@
 """Programs in nodes: started, ready when they say so, logged, and never left behind.
 
-Owns: the processes of a lab. A program is a child of the lab, and the kernel kills it when the thread that started it
-ends (PR_SET_PDEATHSIG); its own children are known by a mark in their environment, and the next lab that starts kills
-those whose owner is gone (`sweep`). Must not know topologies.
+Owns: the processes of a lab. A program is a child of the lab, in a session of its own. `stop` ends it and what is left
+of that session; what else it started, and everything when the lab is killed, is the warden's matter (warden.py). When
+even that was killed, the next lab finds the processes by a mark in their environment (`sweep`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import select
@@ -16,20 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from testbed.netns import Namespace
 from testbed.topology import Readiness
 
-MARK: Final = "TESTBED_OWNER"  # in the environment of every process of a lab: the owner's pid and start time
-_PR_SET_PDEATHSIG: Final = 1
+MARK: Final = "TESTBED_OWNER"  # in the environment of every process of a lab: the owner, as `owner_mark` tells it
 _GRACE: Final = 3.0  # seconds between SIGTERM and SIGKILL
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 _LOG_LINES: Final = 15
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+_LOOK_AGAIN: Final = 0.01  # seconds; a port that is listened on, or a line in a log, makes no event
 
 
 class ServiceError(Exception):
@@ -37,8 +34,13 @@ class ServiceError(Exception):
 
 
 def owner_mark() -> str:
-    """This process as an owner: pid and start time, since pids come back."""
-    return f"{os.getpid()}:{start_time(os.getpid())}"
+    """This process as an owner: its pid, which pids those are, and its start time, since pids come back."""
+    return f"{_pid_namespace()}:{os.getpid()}:{start_time(os.getpid())}"
+
+
+def _pid_namespace() -> int:
+    """Processes of containers are seen from outside, with other pids."""
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def environment() -> dict[str, str]:
@@ -55,63 +57,26 @@ def start_time(pid: int) -> str | None:
         return None
 
 
-def _die_with_parent() -> None:
-    """Run in the child: ask the kernel for SIGKILL when the parent ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 class Program:
     """A running program in a namespace."""
 
-    def __init__(self, label: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, label: str, command: Sequence[str], namespace: Namespace, log: Path, ready: Readiness) -> None:
+        """Start a program and wait until it is ready; ServiceError when it does not get so far."""
         self.label = label
         self.log = log
-        self._process = process
-
-    @classmethod
-    def start(
-        cls,
-        label: str,
-        command: Sequence[str],
-        namespace: Namespace,
-        log: Path,
-        ready: Readiness,
-        further: Mapping[str, str] | None = None,
-    ) -> Program:
-        """Start a program and wait until it is ready; ServiceError when it does not get so far.
-
-        `further`: environment variables beside those of `environment`.
-        """
+        self._ready = ready
+        self._namespace = namespace
+        self._returncode: int | None = None
         reading, writing = os.pipe()
-        words = [word.replace("{notify_fd}", str(writing)).replace("{python}", sys.executable) for word in command]
-        variables = {**environment(), **(further or {})}
-        try:
-            with log.open("ab") as output, namespace.entered():
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=variables,
-                    pass_fds=(writing,) if ready.notify else (),
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
-            os.close(writing)
-            writing = -1
-            program = cls(label, process, log)
+        with contextlib.closing(os.fdopen(reading, "rb")) as news:
+            with contextlib.closing(os.fdopen(writing, "wb")) as notify:
+                self._process = self._start(command, notify.fileno())
+            self._ended = os.pidfd_open(self._process.pid)
             try:
-                program._wait_ready(ready, reading, namespace)
+                self._wait_ready(news.fileno())
             except BaseException:
-                program.stop()
+                self.stop()
                 raise
-        except OSError as error:
-            raise ServiceError(f"{label}: cannot start {words[0]!r}: {error.strerror}") from error
-        finally:
-            os.close(reading)
-            if writing >= 0:
-                os.close(writing)
-        return program
 
     @property
     def pid(self) -> int:
@@ -121,27 +86,43 @@ class Program:
     @property
     def returncode(self) -> int | None:
         """How it ended, as subprocess tells it; None while it runs."""
-        return self._process.poll()
+        if self._returncode is None:
+            # Not reaped: as long as it is not, its pid and that of its session are nobody else's.
+            status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if status is not None:
+                killed = status.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                self._returncode = -status.si_status if killed else status.si_status
+        return self._returncode
 
     def check(self) -> None:
         """ServiceError when it ended by itself."""
         if self.returncode is not None:
-            raise ServiceError(f"{self.label} {_ended(self._process.returncode)}{self.tail()}")
+            raise ServiceError(f"{self.label} {_ended(self.returncode)}{self.tail()}")
+
+    def wait(self, within: float) -> int | None:
+        """Wait for its end; how it ended, or None when it did not within that many seconds."""
+        _await([self._ended], within)
+        return self.returncode
 
     def stop(self) -> None:
-        """End it: SIGTERM, then SIGKILL for it and what it started."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE)
-        # Its children are in its session; the group's number is not reused while one of them lives.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """End it: SIGTERM, and SIGKILL after a while; then SIGKILL for what it started in its session."""
+        if self._ended < 0:
+            return
+        if self.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+            self.wait(_GRACE)
+        self.kill()
 
     def kill(self) -> None:
-        """SIGKILL it, without warning."""
-        self._process.kill()
+        """SIGKILL it and its session, without warning."""
+        if self._ended < 0:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        _await([self._ended], None)
+        self._returncode = self.returncode
+        os.close(self._ended)
+        self._ended = -1
         self._process.wait()
 
     def tail(self) -> str:
@@ -149,40 +130,68 @@ class Program:
         lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self.log.exists() else []
         return "".join(f"\n    | {line}" for line in lines)
 
-    def _wait_ready(self, ready: Readiness, notify: int, namespace: Namespace) -> None:
+    def _start(self, command: Sequence[str], notify: int) -> subprocess.Popen[bytes]:
+        """The process, in its namespace, with its log."""
+        words = [word.replace("{notify_fd}", str(notify)).replace("{python}", sys.executable) for word in command]
+        try:
+            with self.log.open("ab") as output, self._namespace.entered():
+                self._log_start = output.tell()
+                return subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment(),
+                    pass_fds=(notify,) if self._ready.notify else (),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ServiceError(f"{self.label}: cannot start {words[0]!r}: {error.strerror}") from error
+
+    def _wait_ready(self, notify: int) -> None:
         """Wait until it says that it is ready."""
-        deadline = time.monotonic() + ready.within
-        with contextlib.closing(_ExitWatch(self.pid)) as watch:
-            while not self._is_ready(ready, notify, namespace):
-                self.check()
-                if time.monotonic() > deadline:
-                    raise ServiceError(f"{self.label} was not ready after {ready.within:g} s{self.tail()}")
-                # Woken by its end or its word; a port or a log line makes no event, so these are looked at again.
-                waited_for = [watch.fileno(), *([notify] if ready.notify else [])]
-                select.select(waited_for, [], [], 0.1 if ready.notify else 0.01)
+        deadline = time.monotonic() + self._ready.within
+        while not self._is_ready(notify):
+            self.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ServiceError(f"{self.label} was not ready after {self._ready.within:g} s{self.tail()}")
+            _await([self._ended, *([notify] if self._ready.notify else [])], min(left, self._patience()))
         self.check()
 
-    def _is_ready(self, ready: Readiness, notify: int, namespace: Namespace) -> bool:
+    def _patience(self) -> float:
+        """How long to wait for an event before looking again."""
+        return self._ready.within if self._ready.notify else _LOOK_AGAIN
+
+    def _is_ready(self, notify: int) -> bool:
+        ready = self._ready
         if ready.notify:
-            return bool(select.select([notify], [], [], 0)[0]) and os.read(notify, 1) == b"\n"
+            return _await([notify], 0) and self._has_notified(notify)
         if ready.port is not None:
-            return namespace.call(lambda: _is_listening(ready.port or 0))
+            port = ready.port
+            return self._namespace.call(lambda: _is_listening(port))
         if ready.log is not None:
-            return re.search(ready.log, self.log.read_text(errors="replace"), re.MULTILINE) is not None
+            with self.log.open("rb") as file:
+                file.seek(self._log_start)  # what an earlier run wrote is before that
+                return re.search(ready.log, file.read().decode(errors="replace"), re.MULTILINE) is not None
         return True
 
+    def _has_notified(self, notify: int) -> bool:
+        """Read what came through the pipe; ServiceError when it was closed and nothing will come any more."""
+        word = os.read(notify, 64)
+        if not word:
+            self.wait(_GRACE)
+            self.check()
+            raise ServiceError(f"{self.label} closed the descriptor without a word of being ready{self.tail()}")
+        return b"\n" in word
 
-class _ExitWatch:
-    """A descriptor that becomes readable when a process ends (pidfd_open(2))."""
 
-    def __init__(self, pid: int) -> None:
-        self._descriptor = os.pidfd_open(pid)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+def _await(descriptors: list[int], within: float | None) -> bool:
+    """Wait until one of the descriptors is readable, for `within` seconds or (None) for ever; whether one is."""
+    poll = select.poll()  # select() takes no descriptor above 1023, and large labs have these
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if within is None else max(0, within * 1000)))
 
 
 def _is_listening(port: int) -> bool:
@@ -205,17 +214,12 @@ def _ended(returncode: int) -> str:
 def sweep() -> list[int]:
     """Kill the processes of labs whose owner is gone; their pids."""
     killed = []
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdigit():
-            continue
-        try:
-            environment = (directory / "environ").read_bytes()
-        except OSError:
-            continue
-        match = re.search(rb"(?:^|\0)" + MARK.encode() + rb"=(\d+):(\d+)(?:\0|$)", environment)
-        if match is None or start_time(int(match[1])) == match[2].decode():
-            continue
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(int(directory.name), signal.SIGKILL)
-            killed.append(int(directory.name))
+    ours = str(_pid_namespace()).encode()
+    mark = re.compile(rb"(?:^|\0)" + MARK.encode() + rb"=" + ours + rb":(\d+):(\d+)(?:\0|$)")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            match = mark.search((process / "environ").read_bytes())
+            if match is not None and start_time(int(match[1])) != match[2].decode():
+                os.kill(int(process.name), signal.SIGKILL)
+                killed.append(int(process.name))
     return killed

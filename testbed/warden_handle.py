@@ -1,0 +1,61 @@
+"""The lab's side of its warden (warden.py): start it, tell it what is the lab's, hear what was left.
+
+The warden runs from before the first namespace is made until after the last is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from testbed.netns import Namespace
+
+_SCRIPT: Final = Path(__file__).with_name("warden.py")
+_PATIENCE: Final = 10.0  # seconds for the warden to end; it gives what it kills five
+
+
+class WardenError(Exception):
+    """The warden did not do its work."""
+
+
+class WardenHandle:
+    """A warden at work for this process."""
+
+    def __init__(self) -> None:
+        # A session of its own: a Ctrl-C in the terminal is for the lab.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_SCRIPT), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def guard(self, namespace: Namespace) -> None:
+        """Make it responsible for every process in a namespace."""
+        device, inode = namespace.identity
+        self._tell(f"namespace {device} {inode}")
+
+    def remove(self, folder: Path) -> None:
+        """Make it responsible for a temporary folder."""
+        self._tell(f"folder {folder}")
+
+    def finish(self) -> list[str]:
+        """Let it clean up now; what it had to kill, by name and pid. WardenError when it does not end."""
+        try:
+            output, _ = self._process.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            self._process.kill()
+            self._process.communicate()
+            raise WardenError("processes of the lab could not be ended") from error
+        return output.decode(errors="replace").splitlines()
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WardenError("the lab's warden is gone") from error
