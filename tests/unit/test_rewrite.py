@@ -1,0 +1,136 @@
+"""Rewriting: Scapy's checksums are the oracle, and going back gives the bytes that were there."""
+
+from __future__ import annotations
+
+import pytest
+from builders import dissect, endpoint, flow, icmp_error, layers, packet, with_right_checksums
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers.inet import IP, UDP, IPOption_NOP
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt
+
+from nfq_engine.core.conntrack import Connection, ConnectionTable, Direction, Event
+from nfq_engine.core.hotpath import HotPath
+from nfq_engine.core.packet import Endpoint, FlowTuple, IcmpError, Protocol, Segment, parse
+from nfq_engine.core.rewrite import Rewrite, ones_complement_sum, patch_icmp_error, patch_segment, updated_checksum
+
+ports = st.integers(0, 0xFFFF)
+
+
+def endpoints(size: int) -> st.SearchStrategy[Endpoint]:
+    return st.builds(Endpoint, st.binary(min_size=size, max_size=size), ports)
+
+
+@st.composite
+def rewrites(draw: st.DrawFn) -> tuple[FlowTuple, FlowTuple]:
+    size = draw(st.sampled_from([4, 16]))
+    protocol = draw(st.sampled_from(list(Protocol)))
+    before, after = (FlowTuple(protocol, draw(endpoints(size)), draw(endpoints(size))) for _ in range(2))
+    return before, after
+
+
+def patched(data: bytes, before: FlowTuple, after: FlowTuple) -> bytes:
+    segment = parse(data)
+    assert isinstance(segment, Segment)
+    return patch_segment(data, segment, Rewrite.between(before, after))
+
+
+@given(rewrites(), st.binary(max_size=40))
+def test_any_rewrite_has_right_checksums_and_a_way_back(flows: tuple[FlowTuple, FlowTuple], payload: bytes) -> None:
+    before, after = flows
+    data = packet(before, flags="A", payload=payload)
+    result = patched(data, before, after)
+    assert with_right_checksums(result) == result
+    parsed = parse(result)
+    assert isinstance(parsed, Segment)
+    assert parsed.flow == after
+    assert patched(result, after, before) == data
+
+
+@given(rewrites(), st.binary(max_size=40))
+def test_hot_path_gives_the_same_bytes(flows: tuple[FlowTuple, FlowTuple], payload: bytes) -> None:
+    before, after = flows
+    table = ConnectionTable()
+    connection = Connection(before, after, 0.0)
+    table.insert(connection)
+    connection.advance(Event.ACK if before.protocol is Protocol.TCP else Event.DATAGRAM, Direction.ORIGINAL)
+    data = packet(before, flags="PA", payload=payload)
+    if before in (after, after.inverse()):
+        return
+    assert HotPath(table).translate(0, data, 1.0) == patched(data, before, after)
+    assert connection.traffic(Direction.ORIGINAL) == (1, len(data))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_options_and_extension_headers_are_left_alone(version: int) -> None:
+    before = flow(endpoint("client", 4000, version), endpoint("server", 80, version), Protocol.UDP)
+    after = flow(endpoint("client", 4000, version), endpoint("gateway", 50080, version), Protocol.UDP)
+    plain = layers(before, payload=b"abc")
+    plain = dissect(bytes(plain))
+    if version == 4:
+        plain[IP].options = [IPOption_NOP()] * 4
+        del plain[IP].ihl, plain[IP].len, plain[IP].chksum
+    else:
+        rest = plain[UDP].copy()
+        plain.remove_payload()
+        del plain.plen, plain.nh
+        plain = plain / IPv6ExtHdrDestOpt() / rest
+    data = bytes(plain)
+    result = patched(data, before, after)
+    assert with_right_checksums(result) == result
+    assert len(result) == len(data)
+
+
+def test_udp_checksum_of_zero_stays_zero() -> None:
+    before = flow(endpoint("client", 4000), endpoint("server", 80), Protocol.UDP)
+    data = layers(before, payload=b"abc")
+    data[UDP].chksum = 0
+    result = patched(bytes(data), before, flow(endpoint("client", 4000), endpoint("gateway", 1), Protocol.UDP))
+    assert dissect(result)[UDP].chksum == 0
+
+
+def test_udp_checksum_that_becomes_zero_is_sent_as_all_ones() -> None:
+    before = flow(endpoint("client", 4000), endpoint("server", 80), Protocol.UDP)
+    data = packet(before)
+    checksum = dissect(data)[UDP].chksum
+    after = FlowTuple(Protocol.UDP, before.source, Endpoint(before.destination.address, (80 + checksum) % 0xFFFF))
+    result = patched(data, before, after)
+    assert dissect(result)[UDP].chksum == 0xFFFF
+
+
+def test_wrong_checksum_stays_wrong() -> None:
+    before = flow(endpoint("client", 4000), endpoint("server", 80))
+    data = bytearray(packet(before))
+    data[36] ^= 0x55
+    result = patched(bytes(data), before, flow(endpoint("client", 4000), endpoint("gateway", 1)))
+    assert with_right_checksums(result) != result
+
+
+@given(st.binary(max_size=64))
+def test_sum_is_that_of_rfc_1071(data: bytes) -> None:
+    total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    assert ones_complement_sum(data) == total % 0xFFFF
+
+
+def test_example_of_rfc_1624() -> None:
+    """Section 4: the checksum 0xdd2f, of data in which 0x5555 becomes 0x3285, becomes 0x0000."""
+    assert updated_checksum(0xDD2F, (0x3285 - 0x5555) % 0xFFFF) == 0x0000
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
+def test_icmp_error_is_rewritten_inside_and_out(version: int, protocol: Protocol) -> None:
+    wire = flow(endpoint("foreign", 4000, version), endpoint("server", 80, version), protocol)
+    inside = flow(endpoint("outside", 4711, version), endpoint("server", 80, version), protocol)
+    router = endpoint("gateway", 0, version).address
+    data = icmp_error(packet(wire, payload=b"x" * 9), router, wire.source.address)
+    error = parse(data)
+    assert isinstance(error, IcmpError)
+    result = patch_icmp_error(data, error, Rewrite.between(wire, inside), router, inside.source.address)
+    again = parse(result)
+    assert isinstance(again, IcmpError)
+    assert (again.flow, again.source, again.destination) == (inside, router, inside.source.address)
+    expected = icmp_error(packet(inside, payload=b"x" * 9), router, inside.source.address)
+    assert result == expected
