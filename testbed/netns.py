@@ -13,8 +13,8 @@ import contextlib
 import ctypes
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -37,23 +37,14 @@ class Namespace:
     @classmethod
     def new(cls) -> Self:
         """Make a namespace; OSError(EPERM) without CAP_SYS_ADMIN."""
-        made: list[Self] = []
-        failed: list[OSError] = []
+        with ThreadPoolExecutor(1) as one_thread:
+            return one_thread.submit(cls.move_into_new).result()
 
-        def make() -> None:
-            # In a thread of its own, which ends in the new namespace and so needs no way back.
-            try:
-                _check(_libc.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
-                made.append(cls.current())
-            except OSError as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-        return made[0]
+    @classmethod
+    def move_into_new(cls) -> Self:
+        """Make a namespace and stay in it, with a thread that ends there and so needs no way back."""
+        _check(_libc.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
+        return cls.current()
 
     @classmethod
     def current(cls) -> Self:
@@ -108,6 +99,9 @@ class Namespace:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Self:
         return self

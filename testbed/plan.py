@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from testbed.routes import Gateway, Network, routes
-from testbed.topology import Address, End, Kind, Node, Topology
+from testbed.routes import routes
+from testbed.topology import BRIDGE, Address, End, Gateway, Kind, Network, Node, Topology
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
@@ -38,7 +38,7 @@ class MakeNamespace:
 
 @dataclass(frozen=True, slots=True)
 class MakeBridge:
-    """Make the bridge `br0` of a bridge node."""
+    """Make the bridge of a bridge node."""
 
     node: str
 
@@ -103,15 +103,24 @@ class WaitReady:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadRules:
-    """Load the user's nft rules of a node."""
+class Configure:
+    """Change settings that exist only once the interfaces do."""
 
     node: str
+    settings: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRules:
+    """Load the user's rules of a node with a command that reads them."""
+
+    node: str
+    command: tuple[str, ...]
     text: str
 
 
 NetlinkOperation = MakeBridge | MakeLink | JoinBridge | AddAddress | SetUp | AddRoute
-Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | LoadRules
+Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | LoadRules
 
 
 def plan(topology: Topology) -> list[Operation]:
@@ -119,7 +128,8 @@ def plan(topology: Topology) -> list[Operation]:
     operations: list[Operation] = []
     for node in topology.nodes:
         forwarding = _FORWARDING if node.kind is Kind.ROUTER else ()
-        operations.append(MakeNamespace(node.name, (*_SETTINGS, *forwarding, *node.sysctls)))
+        settings, _ = _settings(topology, node)
+        operations.append(MakeNamespace(node.name, (*_SETTINGS, *forwarding, *settings)))
     operations += [MakeBridge(node.name) for node in topology.nodes if node.kind is Kind.BRIDGE]
     operations += [
         MakeLink(link.left, link.right, link.mtu, 10 + 2 * number) for number, link in enumerate(topology.links)
@@ -128,8 +138,30 @@ def plan(topology: Topology) -> list[Operation]:
     for node in topology.nodes:
         operations += _configuration(topology, node, ways.get(node.name, ()))
     operations += [WaitReady(node.name) for node in topology.nodes]
-    operations += [LoadRules(node.name, node.nft) for node in topology.nodes if node.nft]
+    for node in topology.nodes:
+        operations += _last_touches(topology, node)
     return operations
+
+
+def _settings(topology: Topology, node: Node) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """A node's own settings: those that are there from the beginning, and those of its interfaces."""
+    interfaces = {end.interface for end in topology.ends_of(node.name)} | {BRIDGE}
+    late = tuple((key, value) for key, value in node.sysctls if interfaces.intersection(key.split(".")))
+    return tuple(setting for setting in node.sysctls if setting not in late), late
+
+
+def _last_touches(topology: Topology, node: Node) -> list[Operation]:
+    """What needs a node that is ready."""
+    _, late = _settings(topology, node)
+    rules = (
+        (("nft", "-f", "-"), node.nft),
+        (("iptables-restore",), node.iptables),
+        (("ip6tables-restore",), node.ip6tables),
+    )
+    return [
+        *([Configure(node.name, late)] if late else []),
+        *(LoadRules(node.name, command, text) for command, text in rules if text),
+    ]
 
 
 def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network, Gateway]]) -> list[Operation]:
@@ -141,7 +173,7 @@ def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network,
         operations += [StopOffload(name, end.interface) for end in ends]
     if node.kind is Kind.BRIDGE:
         operations += [JoinBridge(name, end.interface) for end in ends]
-        operations.append(SetUp(name, "br0"))
+        operations.append(SetUp(name, BRIDGE))
     for end in ends:
         operations += [AddAddress(name, end.interface, address) for address in (*end.addresses, *_link_local(end))]
     operations += [SetUp(name, interface) for interface in ("lo", *(end.interface for end in ends))]

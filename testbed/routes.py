@@ -9,10 +9,7 @@ import ipaddress
 from collections import defaultdict, deque
 from typing import Final
 
-from testbed.topology import Address, End, Kind, Node, Topology
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Gateway = ipaddress.IPv4Address | ipaddress.IPv6Address
+from testbed.topology import Address, End, Gateway, Kind, Network, Node, Topology
 
 _DEFAULT: Final[dict[int, Network]] = {4: ipaddress.IPv4Network("0.0.0.0/0"), 6: ipaddress.IPv6Network("::/0")}
 
@@ -53,7 +50,7 @@ class _Graph:
         self._subnets: dict[str, set[_Subnet]] = defaultdict(set)
         self._routers = {node.name for node in topology.nodes if node.kind is Kind.ROUTER}
         self._neighbours: dict[str, list[End]] = defaultdict(list)
-        for segment in segments(topology):
+        for segment in topology.segments():
             for end in segment:
                 self._subnets[end.node].update(map(_subnet, end.addresses))
                 self._neighbours[end.node] += [other for other in segment if other.node != end.node]
@@ -110,20 +107,3 @@ def _collapsed(subnets: set[_Subnet]) -> list[Network]:
 
 def _network(version: int, number: int, length: int) -> Network:
     return ipaddress.IPv4Network((number, length)) if version == 4 else ipaddress.IPv6Network((number, length))
-
-
-def segments(topology: Topology) -> list[list[End]]:
-    """The ends that hear each other's frames: those of a link, and of all links that bridges join; bridges left out."""
-    bridges = {node.name for node in topology.nodes if node.kind is Kind.BRIDGE}
-    group_of: dict[str, list[End]] = {}  # a bridge's name -> the segment that it is in
-    groups: list[list[End]] = []
-    for link in topology.links:
-        merged = [end for end in link.ends if end.node not in bridges]
-        joined = {end.node for end in link.ends} & bridges
-        for group in {id(group_of[name]): group_of[name] for name in joined if name in group_of}.values():
-            groups = [other for other in groups if other is not group]
-            joined |= {name for name, other in group_of.items() if other is group}
-            merged = [*group, *merged]
-        groups.append(merged)
-        group_of |= dict.fromkeys(joined, merged)
-    return groups
