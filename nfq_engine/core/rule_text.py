@@ -200,7 +200,8 @@ def _target(reader: Reader) -> AnyTarget | None:
 # iptables-save's text.
 
 _COUNTERS: Final = re.compile(r"\[([0-9]{1,20}):([0-9]{1,20})\]", re.ASCII)
-_WORD: Final = re.compile(r'[ \t\r]*(?:"((?:[^"\\]|\\.)*)"|([^ \t\r"]+))')
+_SPACE: Final = " \t\r"
+_WORD: Final = re.compile(rf'[{_SPACE}]*(?:"((?:[^"\\]|\\.)*)"|([^{_SPACE}"]+))', re.DOTALL)
 
 
 def save(ruleset: Ruleset, counters: bool = False) -> str:
@@ -234,7 +235,7 @@ def restore(
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            output += restoring.line(line.strip(" \t\r"))
+            output += restoring.line(line.strip(_SPACE))
         except RuleError as error:
             raise RuleError(f"line {number}: {error}") from None
     if restoring.is_in_table:
@@ -316,12 +317,12 @@ class _Restoring:
 def split_words(line: str) -> list[str]:
     """The words of a line; double quotes make one word, in which a backslash makes the next character plain."""
     words: list[str] = []
-    at = 0
-    while at < len(line):
+    at, end = 0, len(line.rstrip(_SPACE))
+    while at < end:
         found = _WORD.match(line, at)
         if found is None:
             raise RuleError(f"a quote is not closed: `{shown(line[at:])}'")
         quoted, plain = found[1], found[2]
-        words.append(plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted))
+        words.append(plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL))
         at = found.end()
     return words
