@@ -171,6 +171,10 @@ def _hear_of_closed_sockets() -> None:
             listener.recv(65536)
 
 
+def _open_tun() -> None:
+    os.close(os.open("/dev/net/tun", os.O_RDWR))
+
+
 def _map_other_users() -> None:
     nobody = 65534
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text("ascii").splitlines()]
@@ -336,6 +340,14 @@ FEATURES: Final = (
         remedy="CONFIG_NET_SCH_NETEM; on Ubuntu: apt install linux-modules-extra-$(uname -r)",
         cost="no impairments by the kernel",
         trial=_make_netem,
+    ),
+    Feature(
+        name="tun",
+        required=False,
+        needed_for="interfaces that are not Ethernet, in tests",
+        remedy="CONFIG_TUN; chmod 666 /dev/net/tun, as distributions have it",
+        cost="tests with such interfaces are skipped",
+        trial=_open_tun,
     ),
     Feature(
         name="other-users",

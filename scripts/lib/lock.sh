@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes requirements-build.lock and requirements.lock anew: the newest versions that pyproject.toml allows, with the
 # hash of every file of each version, from the public index whatever this machine's pip is set to. Run it on the oldest
-# Python that is supported: what newer ones need is less, never more (scripts/setup checks that on each).
+# Python that is supported: newer ones need less, never more (the set-up runs `pip check` on each machine).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
