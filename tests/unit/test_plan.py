@@ -1,0 +1,174 @@
+"""Plans and routes: what follows from a topology."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from testbed.plan import (
+    AddAddress,
+    AddRoute,
+    Configure,
+    JoinBridge,
+    LoadRules,
+    MakeBridge,
+    MakeLink,
+    MakeNamespace,
+    Operation,
+    SetUp,
+    StopOffload,
+    WaitReady,
+    plan,
+)
+from testbed.routes import routes
+from testbed.shapes import chain
+from testbed.topology import Topology
+from testbed.topology_file import loads
+
+TRIANGLE = """
+name: triangle
+nodes:
+  a: {}
+  r1: {kind: router}
+  r2: {kind: router}
+  b: {ROUTES}
+links:
+  - ends: [{node: a}, {node: r1}]
+  - ends: [{node: a}, {node: r2}]
+  - ends: [{node: r1}, {node: b}]
+  - ends: [{node: r2}, {node: b}]
+"""
+
+
+def ways(topology: Topology) -> dict[str, dict[str, str]]:
+    """The routes of each node, as text."""
+    return {node: {str(to): str(via) for to, via in found} for node, found in routes(topology).items()}
+
+
+def test_a_host_with_one_gateway_has_a_default_route() -> None:
+    found = ways(chain(3))
+    assert found["n0"] == {"0.0.0.0/0": "10.0.0.2", "::/0": "fd00::2"}
+    assert found["n2"] == {"0.0.0.0/0": "10.0.1.1", "::/0": "fd00:0:0:1::1"}
+    assert found["n1"] == {}
+
+
+def test_a_router_has_routes_to_what_others_are_next_to_joined_where_they_touch() -> None:
+    found = ways(chain(6))
+    assert found["n1"] == {
+        "10.0.2.0/23": "10.0.1.2",
+        "10.0.4.0/24": "10.0.1.2",
+        "fd00:0:0:2::/63": "fd00:0:0:1::2",
+        "fd00:0:0:4::/64": "fd00:0:0:1::2",
+    }
+    assert found["n4"]["10.0.0.0/23"] == "10.0.3.1"
+
+
+def test_every_subnet_is_reached_from_everywhere() -> None:
+    topology = chain(9)
+    subnets = {address.network for link in topology.links for end in link.ends for address in end.addresses}
+    for node, found in routes(topology).items():
+        own = {address.network for end in topology.ends_of(node) for address in end.addresses}
+        reached = {net for net in subnets for to, _ in found if net.version == to.version and net.overlaps(to)}
+        assert own | reached == subnets
+
+
+def test_a_host_with_two_gateways_has_a_route_for_each_subnet() -> None:
+    found = ways(loads(TRIANGLE.replace("{ROUTES}", "{}")))
+    assert found["a"]["10.0.2.0/24"] == "10.0.0.2"
+    assert found["a"]["10.0.3.0/24"] == "10.0.1.2"
+
+
+def test_a_route_that_was_given_stands() -> None:
+    found = ways(loads(TRIANGLE.replace("{ROUTES}", "{routes: [{to: 10.0.0.0/24, via: 10.0.3.1}]}")))
+    assert found["b"]["10.0.0.0/24"] == "10.0.3.1"
+    assert found["b"]["fd00::/64"] == "fd00:0:0:2::1"
+
+
+def test_hosts_on_a_bridge_reach_each_other_without_a_route_and_others_by_the_router() -> None:
+    found = ways(
+        loads(
+            """
+            name: switched
+            nodes: {a: , b: , s: {kind: bridge}, r: {kind: router}, c: }
+            links:
+              - ends: [{node: a}, {node: s, addresses: []}]
+              - ends: [{node: b}, {node: s, addresses: []}]
+              - ends: [{node: r}, {node: s, addresses: []}]
+              - ends: [{node: r}, {node: c}]
+            """
+        )
+    )
+    assert "s" not in found
+    assert found["a"] == found["b"] == {"0.0.0.0/0": "10.0.0.3", "::/0": "fd00::3"}
+
+
+def test_no_way_leads_through_a_host() -> None:
+    text = "name: x\nnodes: {a: , h: , b: }\nlinks: [{ends: [{node: a}, {node: h}]}, {ends: [{node: h}, {node: b}]}]"
+    assert ways(loads(text)) == {"a": {}, "h": {}, "b": {}}
+
+
+def operations(text: str) -> list[Operation]:
+    return plan(loads(text))
+
+
+PAIR = "name: pair\nnodes: {{a: {a}, b: {b}}}\nlinks: [{{ends: [{{node: a}}, {{node: b}}]}}]"
+
+
+def test_a_plan_is_in_the_order_in_which_things_can_be_done() -> None:
+    text = PAIR.format(a="{}", b="{kind: bridge}").replace("{node: b}", "{node: b, addresses: []}")
+    kinds = [type(operation) for operation in operations(text)]
+    inside = [StopOffload, AddAddress, SetUp, StopOffload, JoinBridge, SetUp]
+    order = [MakeNamespace, MakeBridge, MakeLink, *inside, WaitReady]
+    assert [kind for kind, following in pairwise([*kinds, None]) if kind is not following] == order
+
+
+def test_a_plan_is_the_same_each_time() -> None:
+    assert plan(chain(5)) == plan(chain(5))
+
+
+def test_a_router_forwards_and_a_host_does_not() -> None:
+    nodes = [operation for operation in plan(chain(3)) if isinstance(operation, MakeNamespace)]
+    settings = {operation.node: dict(operation.settings) for operation in nodes}
+    assert settings["n1"]["net.ipv4.ip_forward"] == settings["n1"]["net.ipv6.conf.all.forwarding"] == "1"
+    assert "net.ipv4.ip_forward" not in settings["n0"]
+
+
+def test_both_ends_of_a_link_have_an_index_of_their_own() -> None:
+    links = [operation for operation in plan(chain(4)) if isinstance(operation, MakeLink)]
+    assert [link.index for link in links] == [10, 12, 14]
+
+
+def test_settings_of_an_interface_are_made_when_it_is_there() -> None:
+    own = "{sysctls: {net.ipv4.ip_default_ttl: 9, net.ipv4.conf.eth0.rp_filter: 1}}"
+    made = operations(PAIR.format(a=own, b="{}"))
+    first = next(operation for operation in made if isinstance(operation, MakeNamespace))
+    assert ("net.ipv4.ip_default_ttl", "9") in first.settings
+    assert made[-1] == Configure("a", (("net.ipv4.conf.eth0.rp_filter", "1"),))
+
+
+@pytest.mark.parametrize(
+    ("key", "command"),
+    {"nft": ("nft", "-f", "-"), "iptables": ("iptables-restore",), "ip6tables": ("ip6tables-restore",)}.items(),
+)
+def test_the_users_rules_are_loaded_last(key: str, command: tuple[str, ...]) -> None:
+    made = operations(PAIR.format(a=f"{{{key}: rules}}", b="{}"))
+    assert made[-1] == LoadRules("a", command, "rules")
+
+
+def test_an_interface_with_ipv6_has_a_link_local_address() -> None:
+    added = [str(operation.address) for operation in plan(chain(2)) if isinstance(operation, AddAddress)]
+    assert added == ["10.0.0.1/24", "fd00::1/64", "fe80::1/64", "10.0.0.2/24", "fd00::2/64", "fe80::2/64"]
+
+
+def test_offload_is_left_alone_when_asked_for() -> None:
+    text = PAIR.format(a="{}", b="{}")
+    assert any(isinstance(operation, StopOffload) for operation in operations(text))
+    assert not any(isinstance(operation, StopOffload) for operation in operations(text + "\noffload: true"))
+
+
+def test_routes_are_added_after_addresses_and_interfaces() -> None:
+    made = plan(chain(3))
+    of_first = [operation for operation in made if getattr(operation, "node", None) == "n0"]
+    route = next(at for at, operation in enumerate(of_first) if isinstance(operation, AddRoute))
+    assert all(isinstance(operation, AddRoute | WaitReady) for operation in of_first[route:])
