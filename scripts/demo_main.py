@@ -27,7 +27,7 @@ from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.checksums import checksum_errors
 from testbed.connections import Connection, connections
-from testbed.frames import Frame, endpoint
+from testbed.frames import Frame, endpoint, ip_of
 from testbed.lab import Lab, LabError
 from testbed.ladder import ladder
 from testbed.process import MARK, ServiceError, owner_mark, sweep
@@ -84,7 +84,7 @@ def client_saw_only_the_server(run: Run) -> Iterator[str]:
     """the client only ever saw the server's address (and, for datagrams, the foreign one)"""
     allowed = {*run.server.values(), *FOREIGN.values()}
     for frame in run.at("client", TCP, UDP):
-        peer = frame.ip.destination if frame.outgoing else frame.ip.source
+        peer = ip_of(frame).destination if frame.outgoing else ip_of(frame).source
         if peer not in allowed:
             yield f"{frame}"
     if not run.at("client", TCP):
@@ -94,7 +94,7 @@ def client_saw_only_the_server(run: Run) -> Iterator[str]:
 def server_saw_the_client(run: Run) -> Iterator[str]:
     """the server only ever saw the client's address"""
     for frame in run.at("server", TCP):
-        peer = frame.ip.destination if frame.outgoing else frame.ip.source
+        peer = ip_of(frame).destination if frame.outgoing else ip_of(frame).source
         if peer not in run.client.values():
             yield f"{frame}"
     peers = {line["peer"] for line in run.web_log if "peer" in line}
@@ -160,8 +160,7 @@ def wire_of(connection: dict[str, Any], gateway: set[str]) -> Iterator[tuple[str
 
 def is_of(frame: Frame, flow: dict[str, Any]) -> bool:
     """Is a frame's packet of this flow?"""
-    packet = frame.ip
-    assert packet is not None
+    packet = ip_of(frame)
     source = {"address": packet.source, "port": packet.source_port}
     destination = {"address": packet.destination, "port": packet.destination_port}
     return flow == {"source": source, "destination": destination}

@@ -52,7 +52,7 @@ def make_handler(settings: dict[str, Any]) -> Handler:
             "descriptors": len(list(Path("/proc/self/fd").iterdir())),
         }
         record.write(json.dumps(seen) + "\n")
-        rule = next((rule for rule in settings["rules"] if fits(rule, seen)), {})
+        rule: dict[str, Any] = next((rule for rule in settings["rules"] if fits(rule, seen)), {})
         if "gate" in rule:
             Path(rule["gate"]).read_bytes()
         if "fails" in rule:
