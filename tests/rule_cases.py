@@ -118,6 +118,7 @@ PLAIN = (
         "-s10.0.0.1 -jACCEPT",
         Rule(net("10.0.0.1"), target=Target.ACCEPT),
         "-s 10.0.0.1/32 -j ACCEPT",
+        is_iptables=False,  # it takes the option's letters for the beginning of the value
     ),
     Case(
         "order-of-options",
