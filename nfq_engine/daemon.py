@@ -96,6 +96,7 @@ class Daemon:
         self._datapath.handle_whole = self._queue.handle_whole
         self._wake, self._signals = socket.socketpair()
         self._is_stopping = False
+        self._hear_signals()  # before there is a table that would stay behind
         self._watch(self._interfaces, self._interfaces.forget)
         self._watch(self._destroyed, self._settle)
         self._watch(self._control, self._accept)
@@ -109,10 +110,6 @@ class Daemon:
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
-        self._signals.setblocking(False)
-        signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
         next_tick = time.monotonic() + _TICK
         while not self._is_stopping:
             waiting = [client for client in self._control.clients if client.has_request]
@@ -135,6 +132,13 @@ class Daemon:
         self._destroyed.close()
         self._interfaces.close()
         self._selector.close()
+
+    def _hear_signals(self) -> None:
+        """Let SIGTERM and SIGINT end `run`."""
+        self._signals.setblocking(False)
+        signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
 
     def _watch(self, source: Any, act: Callable[[], object]) -> None:
         self._selector.register(source, selectors.EVENT_READ, act)

@@ -52,6 +52,17 @@ WANTED: Final = {BuiltinChain.PREROUTING: "wanted_prerouting", BuiltinChain.OUTP
 _ICMP_ERRORS: Final = "destination-unreachable, source-quench, redirect, time-exceeded, parameter-problem"
 _ICMPV6_ERRORS: Final = "destination-unreachable, packet-too-big, time-exceeded, parameter-problem"
 
+# By kind and name, without the version: what is in it, {0} being an endpoint of the version.
+_SETS: Final = {
+    "set": {
+        "foreign": "inet_proto . {0}",
+        "local": "inet_proto . {0}",
+        "one_way": "{0}",
+        "one_way_local": "{0}",
+        "tracked": "{0} . {0}",
+    },
+    "map": {"destination": "inet_proto . {0} . {0} : {0}", "source": "inet_proto . {0} . {0} : {0}"},
+}
 _MAP_SIZE: Final = 65536  # elements; each is there for the packets of one turn
 _MAP_TIMEOUT: Final = "10s"
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
@@ -69,7 +80,7 @@ class Layout:
     so it must change with the chains, their hooks, or the sets; `text` makes the table for a mark."""
 
     name: str
-    sets: tuple[str, ...]
+    sets: tuple[str, ...]  # each with its kind: `set local4`
     text: Callable[[int], str]
 
 
@@ -134,6 +145,8 @@ table inet {TABLE} {{
     chain to_foreign {{
         {_ONE_WAY.format(4, "ip", "accept")}
         {_ONE_WAY.format(6, "ip6", "accept")}
+        {is_marked} ip daddr . udp dport @one_way4 accept
+        {is_marked} ip6 daddr . udp dport @one_way6 accept
         meta l4proto . ip daddr . th dport @foreign4 jump {TO_QUEUE}
         meta l4proto . ip6 daddr . th dport @foreign6 jump {TO_QUEUE}
     }}
@@ -203,22 +216,15 @@ def _sets_text() -> str:
     text = ""
     for version in (4, 6):
         endpoint = f"ipv{version}_addr . inet_service"
-        types = {
-            "foreign": f"inet_proto . {endpoint}",
-            "local": f"inet_proto . {endpoint}",
-            "one_way": endpoint,
-            "one_way_local": endpoint,
-            "tracked": f"{endpoint} . {endpoint}",
-        }
-        for name, key in types.items():
+        for name, key in _SETS["set"].items():
             text += f"""
     set {name}{version} {{
-        type {key}
+        type {key.format(endpoint)}
     }}"""
-        for name in ("destination", "source"):
+        for name, key in _SETS["map"].items():
             text += f"""
     map {name}{version} {{
-        type inet_proto . {endpoint} . {endpoint} : {endpoint}
+        type {key.format(endpoint)}
         flags timeout
         timeout {_MAP_TIMEOUT}
         size {_MAP_SIZE}
@@ -229,11 +235,7 @@ def _sets_text() -> str:
 INLINE: Final = Layout("layout_inline_1", (), _inline_text)
 KERNEL: Final = Layout(
     "layout_kernel_1",
-    tuple(
-        f"{name}{version}"
-        for name in ("foreign", "local", "one_way", "one_way_local", "tracked", "destination", "source")
-        for version in (4, 6)
-    ),
+    tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),
     _kernel_text,
 )
 
@@ -283,4 +285,6 @@ def _cleared(layout: Layout) -> str:
         nftables.run(f"list chain inet {TABLE} {layout.name}\n")
     except NftError:
         return _REMOVAL
-    return f"flush table inet {TABLE}\n" + "".join(f"flush map inet {TABLE} {name}\n" for name in layout.sets)
+    return f"flush table inet {TABLE}\n" + "".join(
+        f"flush {kind} inet {TABLE} {name}\n" for kind, name in (each.split() for each in layout.sets)
+    )
