@@ -1,0 +1,222 @@
+"""Building: a plan becomes namespaces that pass traffic, or nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from traffic_checks import gets_through
+
+from testbed.build import Builder, BuildError
+from testbed.netns import Namespace
+from testbed.nsid import Watch
+from testbed.plan import AddAddress, LoadRules, MakeNamespace, Operation, plan
+from testbed.shapes import chain
+from testbed.topology import Topology
+from testbed.topology_file import loads
+
+pytestmark = pytest.mark.lab
+
+SWITCHED = """
+name: switched
+nodes: {a: , s: {kind: bridge}, t: {kind: bridge}, b: , r: {kind: router}, c: }
+links:
+  - ends: [{node: a}, {node: s, addresses: []}]
+  - ends: [{node: s, addresses: []}, {node: t, addresses: []}]
+  - ends: [{node: b}, {node: t, addresses: []}]
+  - ends: [{node: r}, {node: t, addresses: []}]
+  - ends: [{node: r}, {node: c}]
+"""
+PAIR = "name: pair\nnodes: {a: %s, b: }\nlinks: [{ends: [{node: a}, {node: b}]}]"
+
+
+def run(namespace: Namespace, *command: str) -> str:
+    return namespace.call(lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def addresses(topology: Topology, node: str) -> list[str]:
+    return [str(address.ip) for end in topology.ends_of(node) for address in end.addresses]
+
+
+@pytest.mark.parametrize(
+    ("topology", "pairs"),
+    [
+        pytest.param(chain(2), [("n0", "n1")], id="two hosts"),
+        pytest.param(chain(7), [("n0", "n6"), ("n6", "n0"), ("n2", "n5")], id="a chain of routers"),
+        pytest.param(loads(SWITCHED), [("a", "b"), ("a", "c"), ("c", "b")], id="bridges and a router"),
+    ],
+)
+def test_traffic_of_both_families_passes_at_once(topology: Topology, pairs: list[tuple[str, str]]) -> None:
+    with Builder() as builder:
+        builder.build(plan(topology))
+        for source, destination in pairs:
+            for address in addresses(topology, destination):
+                assert gets_through(builder.namespace(source), builder.namespace(destination), address), address
+
+
+def test_a_chain_is_ready_each_time() -> None:
+    topology = chain(3)
+    for _ in range(10):
+        with Builder() as builder:
+            builder.build(plan(topology))
+            for address in addresses(topology, "n2"):
+                assert gets_through(builder.namespace("n0"), builder.namespace("n2"), address, within=0.3), address
+
+
+def test_two_builds_look_the_same() -> None:
+    seen = []
+    for _ in range(2):
+        with Builder() as builder:
+            builder.build(plan(chain(3)))
+            links = json.loads(run(builder.namespace("n1"), "ip", "-json", "address"))
+            facts = [(link["ifname"], link["ifindex"], link["address"], link["mtu"]) for link in links]
+            local = [address["local"] for link in links for address in link["addr_info"]]
+            seen.append((facts, local, run(builder.namespace("n1"), "ip", "-6", "route")))
+    assert seen[0] == seen[1]
+
+
+def test_the_machine_sees_nothing_of_a_lab() -> None:
+    def interfaces() -> set[str]:
+        return {name for _, name in socket.if_nameindex()}
+
+    before = interfaces()
+    own = Namespace.current().identity
+    with Builder() as builder:
+        builder.build(plan(chain(3)))
+        assert interfaces() == before
+        assert Namespace.current().identity == own
+        named = Path("/run/netns")
+        names = {builder.namespace(node).identity[1] for node in ("n0", "n1", "n2")}
+        assert not named.exists() or not names & {path.stat().st_ino for path in named.iterdir()}
+
+
+def test_what_was_built_is_gone_when_it_is_closed() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    builder = Builder()
+    builder.build(plan(chain(4)))
+    with Watch({node: builder.namespace(node) for node in builder.sites}) as watch:
+        assert len(watch.remaining(0)) == 4
+        builder.close()
+        assert watch.remaining(2) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def refused_address() -> list[Operation]:
+    return [*plan(chain(2)), AddAddress("n1", "left", ipaddress.ip_interface("10.0.0.2/24"))]
+
+
+def refused_rules() -> list[Operation]:
+    return [*plan(chain(2)), LoadRules("n0", ("nft", "-f", "-"), "add rule nowhere")]
+
+
+def refused_setting() -> list[Operation]:
+    return [MakeNamespace("a", ()), MakeNamespace("b", (("net.ipv4.no_such_setting", "1"),))]
+
+
+@pytest.mark.parametrize(
+    ("operations", "what"),
+    [
+        pytest.param(refused_address, "refused AddAddress.*10.0.0.2/24.*File exists", id="netlink"),
+        pytest.param(refused_rules, "nft refused the rules of n0: .*Error", id="nft"),
+        pytest.param(refused_setting, "net.ipv4.no_such_setting = 1 in b: .*No such file", id="sysctl"),
+    ],
+)
+def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[], list[Operation]], what: str) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    watches: list[Watch] = []
+
+    def watch(namespace: Namespace) -> None:
+        watches.append(Watch({"it": namespace}))
+
+    builder = Builder(watch)
+    with pytest.raises(BuildError, match=what):
+        builder.build(operations())
+    assert watches
+    for each in watches:
+        assert each.remaining(2) == []
+        each.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_without_the_right_to_make_namespaces_the_error_says_so() -> None:
+    script = (
+        "from testbed.build import Builder, BuildError\nfrom testbed.plan import plan\nfrom testbed.shapes import chain\n"
+        "try: Builder().build(plan(chain(2)))\nexcept BuildError as error: print(error)"
+    )
+    command = ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "unshare(CLONE_NEWNET): Operation not permitted" in done.stdout, done.stderr
+
+
+def test_rules_and_settings_of_the_user_are_there() -> None:
+    text = """
+name: pair
+nodes:
+  a:
+    sysctls: {net.ipv4.ip_default_ttl: 9, net.ipv4.conf.eth0.rp_filter: 2}
+    nft: add table inet mine
+    iptables: "*filter\\n-A INPUT -p tcp --dport 9 -j DROP\\nCOMMIT\\n"
+    ip6tables: "*filter\\n-A INPUT -p tcp --dport 6 -j DROP\\nCOMMIT\\n"
+  b:
+links: [{ends: [{node: a}, {node: b}]}]
+"""
+    with Builder() as builder:
+        builder.build(plan(loads(text)))
+        inside = builder.namespace("a")
+        assert "table inet mine" in run(inside, "nft", "list", "tables")
+        assert "--dport 9 -j DROP" in run(inside, "iptables-save")
+        assert "--dport 6 -j DROP" in run(inside, "ip6tables-save")
+        assert inside.call(Path("/proc/sys/net/ipv4/ip_default_ttl").read_text) == "9\n"
+        assert inside.call(Path("/proc/sys/net/ipv4/conf/eth0/rp_filter").read_text) == "2\n"
+
+
+@pytest.mark.parametrize(("offload", "state"), [("false", "off"), ("true", "on")])
+def test_checksums_are_whole_on_the_wire_unless_offload_is_asked_for(offload: str, state: str) -> None:
+    with Builder() as builder:
+        builder.build(plan(loads(PAIR % "{}" + f"\noffload: {offload}")))
+        assert f"tx-checksumming: {state}" in run(builder.namespace("a"), "ethtool", "-k", "eth0")
+
+
+def test_what_a_link_says_holds() -> None:
+    text = """
+name: pair
+nodes: {a: , b: }
+links: [{ends: [{node: a, interface: wan, mac: "02:00:00:00:aa:01"}, {node: b, addresses: auto4}], mtu: 1300}]
+"""
+    with Builder() as builder:
+        builder.build(plan(loads(text)))
+        (link,) = json.loads(run(builder.namespace("a"), "ip", "-json", "link", "show", "wan"))
+        assert (link["address"], link["mtu"], link["operstate"]) == ("02:00:00:00:aa:01", 1300, "UP")
+        assert "inet6" not in run(builder.namespace("b"), "ip", "address", "show", "eth0")
+
+
+def test_labs_of_one_topology_do_not_meet() -> None:
+    topology = chain(2)
+    with Builder() as one, Builder() as other:
+        one.build(plan(topology))
+        other.build(plan(topology))
+        assert gets_through(one.namespace("n0"), one.namespace("n1"), "10.0.0.2")
+        assert not gets_through(one.namespace("n0"), other.namespace("n1"), "10.0.0.2", within=0.1)
+
+
+def test_a_thread_is_where_it_was_after_building() -> None:
+    seen = []
+
+    def build() -> None:
+        before = Namespace.current().identity
+        with Builder() as builder:
+            builder.build(plan(chain(2)))
+            seen.append(Namespace.current().identity == before)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join()
+    assert seen == [True]
