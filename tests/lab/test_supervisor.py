@@ -274,7 +274,9 @@ def test_ten_thousand_calls_leak_nothing(start: Start) -> None:
         pytest.param(
             (), ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"), False, id="root-without-it"
         ),
-        pytest.param((), ("setpriv", "--reuid=nobody"), False, id="dropped-to-a-user"),
+        pytest.param(
+            (), ("setpriv", "--reuid=nobody"), False, id="dropped-to-a-user", marks=pytest.mark.needs("other-users")
+        ),
         pytest.param((), ("unshare", "--user", "--map-root-user"), False, id="root-of-a-user-namespace-of-its-own"),
         pytest.param(("unshare", "--user", "--map-root-user", "--net"), (), True, id="all-in-a-user-namespace"),
         pytest.param(("unshare", "--user", "--map-root-user"), (), False, id="in-one-without-a-network-of-its-own"),
@@ -289,6 +291,7 @@ def test_who_may_administer_the_network(
     assert [call["is_privileged"] for call in run.calls()] == [is_privileged]
 
 
+@pytest.mark.needs("other-users")
 def test_it_works_for_an_unprivileged_user(start: Start) -> None:
     run = start("flood", 1, uid=NOBODY)
     assert run.output() == "failed 0 -\n"
