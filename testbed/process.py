@@ -24,6 +24,7 @@ from testbed.topology import Readiness
 
 MARK: Final = "TESTBED_OWNER"  # in the environment of every process of a lab: the owner, as `owner_mark` tells it
 _GRACE: Final = 3.0  # seconds between SIGTERM and SIGKILL
+_LAST_BREATH: Final = 0.5  # seconds from the closing of a process's descriptors to its end
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 _LOG_LINES: Final = 15
 _LOOK_AGAIN: Final = 0.01  # seconds; a port that is listened on, or a line in a log, makes no event
@@ -180,7 +181,7 @@ class Program:
         """Read what came through the pipe; ServiceError when it was closed and nothing will come any more."""
         word = os.read(notify, 64)
         if not word:
-            self.wait(_GRACE)
+            self.wait(_LAST_BREATH)
             self.check()
             raise ServiceError(f"{self.label} closed the descriptor without a word of being ready{self.tail()}")
         return b"\n" in word

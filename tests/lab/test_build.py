@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -40,6 +39,10 @@ PAIR = "name: pair\nnodes: {a: %s, b: }\nlinks: [{ends: [{node: a}, {node: b}]}]
 
 def run(namespace: Namespace, *command: str) -> str:
     return namespace.call(lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def addresses(topology: Topology, node: str) -> list[str]:
@@ -99,14 +102,14 @@ def test_the_machine_sees_nothing_of_a_lab() -> None:
 
 
 def test_what_was_built_is_gone_when_it_is_closed() -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     builder = Builder()
     builder.build(plan(chain(4)))
     with Watch({node: builder.namespace(node) for node in builder.sites}) as watch:
         assert len(watch.remaining(0)) == 4
         builder.close()
         assert watch.remaining(2) == []
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
 
 
 def refused_address() -> list[Operation]:
@@ -130,7 +133,7 @@ def refused_setting() -> list[Operation]:
     ],
 )
 def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[], list[Operation]], what: str) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     watches: list[Watch] = []
 
     def watch(namespace: Namespace) -> None:
@@ -143,14 +146,19 @@ def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[]
     for each in watches:
         assert each.remaining(2) == []
         each.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
 
 
 def test_without_the_right_to_make_namespaces_the_error_says_so() -> None:
-    script = (
-        "from testbed.build import Builder, BuildError\nfrom testbed.plan import plan\nfrom testbed.shapes import chain\n"
-        "try: Builder().build(plan(chain(2)))\nexcept BuildError as error: print(error)"
-    )
+    script = """
+from testbed.build import Builder, BuildError
+from testbed.plan import plan
+from testbed.shapes import chain
+try:
+    Builder().build(plan(chain(2)))
+except BuildError as error:
+    print(error)
+"""
     command = ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "unshare(CLONE_NEWNET): Operation not permitted" in done.stdout, done.stderr

@@ -1,0 +1,174 @@
+"""Programs: ready when they say so, ended for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.netns import Namespace
+from testbed.process import MARK, Program, ServiceError, owner_mark, sweep
+from testbed.topology import Readiness
+
+pytestmark = pytest.mark.lab
+
+NOTIFY = Readiness(notify=True, within=5)
+LISTEN = "import socket, time; s = socket.create_server(('{}', 80), family=socket.{}); time.sleep(60)"
+IGNORE_TERM = "trap '' TERM; sleep 60 & echo >&{notify_fd}; wait"
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    """A namespace with lo up."""
+    with Namespace.new() as made:
+        made.call(lambda: subprocess.run(["ip", "link", "set", "lo", "up"], check=True))
+        yield made
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 3
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not is_alive(pid)
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return ("bash", "-c", script)  # dash knows no descriptor above 9
+
+
+@pytest.mark.parametrize(
+    ("command", "ready"),
+    [
+        pytest.param(shell("sleep 60"), Readiness(), id="nothing to wait for"),
+        pytest.param(shell("echo >&{notify_fd}; sleep 60"), NOTIFY, id="notify"),
+        pytest.param(shell("echo starting; echo now ready; sleep 60"), Readiness(log="^now ready$"), id="log"),
+        pytest.param(("{python}", "-c", LISTEN.format("127.0.0.1", "AF_INET")), Readiness(port=80), id="port"),
+        pytest.param(("{python}", "-c", LISTEN.format("::1", "AF_INET6")), Readiness(port=80), id="port, IPv6"),
+    ],
+)
+def test_a_program_that_gets_ready_runs_until_it_is_stopped(
+    namespace: Namespace, tmp_path: Path, command: tuple[str, ...], ready: Readiness
+) -> None:
+    program = Program("a/x", command, namespace, tmp_path / "log", ready)
+    assert program.wait(0) is None
+    with Namespace.of_process(program.pid) as inside:
+        assert inside.identity == namespace.identity
+    program.stop()
+    assert program.returncode == -signal.SIGTERM
+    assert not is_alive(program.pid)
+
+
+SOON = Readiness(notify=True, within=1)
+QUICK = Readiness(log="never", within=0.1)
+
+
+@pytest.mark.parametrize(
+    ("command", "ready", "message"),
+    [
+        pytest.param(
+            ("/no/such",), Readiness(), "a/x: cannot start '/no/such': No such file or directory", id="no file"
+        ),
+        pytest.param(shell("echo why; exit 3"), NOTIFY, "ended with exit status 3\n    | why", id="ends"),
+        pytest.param(shell("kill -9 $$"), NOTIFY, "was ended by SIGKILL", id="is killed"),
+        pytest.param(shell("echo busy; sleep 60"), QUICK, "not ready after 0.1 s\n    | busy", id="too slow"),
+        pytest.param(shell("exec {notify_fd}>&-; sleep 60"), SOON, "without a word of being ready", id="silent"),
+    ],
+)
+def test_a_program_that_does_not_get_ready_is_told_with_its_last_words_and_ended(
+    namespace: Namespace, tmp_path: Path, command: tuple[str, ...], ready: Readiness, message: str
+) -> None:
+    descriptors = open_descriptors()
+    with pytest.raises(ServiceError) as caught:
+        Program("a/x", command, namespace, tmp_path / "log", ready)
+    assert message in str(caught.value)
+    assert open_descriptors() == descriptors
+
+
+def test_a_line_of_an_earlier_run_makes_nobody_ready(namespace: Namespace, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ready\n")
+    with pytest.raises(ServiceError, match="not ready"):
+        Program("a/x", shell("sleep 60"), namespace, log, Readiness(log="^ready$", within=0.1))
+
+
+def test_what_ignores_sigterm_is_killed_with_its_children(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("testbed.process._GRACE", 0.1)
+    program = Program("a/x", shell(IGNORE_TERM), namespace, tmp_path / "log", NOTIFY)
+    (child,) = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    program.stop()
+    assert program.returncode == -signal.SIGKILL
+    assert wait_until_gone(int(child))
+
+
+def test_stopping_twice_does_nothing_more(namespace: Namespace, tmp_path: Path) -> None:
+    program = Program("a/x", shell("sleep 60"), namespace, tmp_path / "log", Readiness())
+    program.stop()
+    program.stop()
+    program.kill()
+    assert program.returncode == -signal.SIGTERM
+
+
+def test_a_program_that_ended_by_itself_is_noticed(namespace: Namespace, tmp_path: Path) -> None:
+    script = "trap 'echo gone; exit 4' USR1; echo up; while :; do sleep 0.01; done"
+    program = Program("a/x", shell(script), namespace, tmp_path / "log", Readiness(log="up"))
+    os.kill(program.pid, signal.SIGUSR1)
+    assert program.wait(5) == 4
+    with pytest.raises(ServiceError, match=r"(?s)a/x ended with exit status 4.*\| gone"):
+        program.check()
+    program.stop()
+    assert program.returncode == 4
+
+
+def test_a_program_outlives_the_thread_that_started_it(namespace: Namespace, tmp_path: Path) -> None:
+    started: list[Program] = []
+    command = shell("echo >&{notify_fd}; sleep 60")
+    thread = threading.Thread(
+        target=lambda: started.append(Program("a/x", command, namespace, tmp_path / "log", NOTIFY))
+    )
+    thread.start()
+    thread.join()
+    assert started[0].wait(0.2) is None
+    started[0].stop()
+
+
+def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pid_namespace, _, _ = owner_mark().split(":")
+    started = Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    marks = {
+        "its owner lives": f"{pid_namespace}:{owner.pid}:{started}",
+        "its owner is gone": f"{pid_namespace}:{owner.pid}:{int(started) - 1}",
+        "its owner is in another container": f"1:{owner.pid}:{int(started) - 1}",
+    }
+    sleepers = {what: subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: mark}) for what, mark in marks.items()}
+    try:
+        assert sleepers["its owner is gone"].pid in sweep()
+        assert sleepers["its owner is gone"].wait(5) == -signal.SIGKILL
+        assert sleepers["its owner lives"].poll() is None
+        assert sleepers["its owner is in another container"].poll() is None
+    finally:
+        owner.communicate(b"\n")
+        for sleeper in sleepers.values():
+            sleeper.kill()
+            sleeper.wait()
