@@ -291,6 +291,13 @@ MORE = (
     Case("limit-abbreviated", "-m limit --limit 90/M", matched(Limit(6666)), "-m limit --limit 90/min"),
     Case("limit-by-a-longer-unit", "-m limit --limit 24/day", matched(Limit(36_000_000)), "-m limit --limit 1/hour"),
     Case("limit-odd", "-m limit --limit 25/day", matched(Limit(34_560_000)), "-m limit --limit 25/day"),
+    Case(
+        "limit-nearly-a-second",
+        "-m limit --limit 86408/day",
+        matched(Limit(9999)),
+        "-m limit --limit 86408/day",
+        is_iptables=False,
+    ),
     Case("limit-rounded", "-m limit --limit 7000/s", matched(Limit(1)), "-m limit --limit 10000/sec"),
     Case(
         "limit-slow",

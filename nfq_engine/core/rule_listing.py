@@ -190,8 +190,12 @@ def _address(term: Term[Network] | None, rule: Rule, style: Show) -> str:
     if (term is None or term.value.is_everything) and not style.is_numeric:
         return "anywhere"
     if term is None:
-        return "::/0" if any(len(address) == 16 for address in rule.addresses) else "0.0.0.0/0"
+        return "::/0" if _is_ipv6(rule) else "0.0.0.0/0"
     return format_address(term.value.address) if term.value.is_host else str(term.value)
+
+
+def _is_ipv6(rule: Rule) -> bool:
+    return any(len(address) == 16 for address in rule.addresses)
 
 
 def _target_name(target: AnyTarget | None) -> str:
@@ -212,7 +216,7 @@ def _details(rule: Rule) -> str:
     """What the columns have no room for."""
     words = [match.description() for match in rule.matches]
     if isinstance(rule.target, Tproxy):
-        on_ip = rule.target.on_ip or bytes(4)
+        on_ip = rule.target.on_ip or bytes(16 if _is_ipv6(rule) else 4)
         words.append(f"TPROXY redirect {Endpoint(on_ip, rule.target.on_port)}")
     goto = "[goto] " if isinstance(rule.target, Jump) and rule.target.is_goto else ""
     return goto + "".join(f" {word}" for word in words)

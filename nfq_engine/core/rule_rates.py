@@ -37,7 +37,10 @@ class Limit(Match):
 
     @property
     def rate(self) -> str:
-        """The rate as iptables writes it: by the shortest time for which it is a whole number."""
+        """The rate as iptables writes it: by the shortest time for which it is a whole number.
+
+        iptables lets a remainder equal to the rate pass, and then writes a rate that it reads as another.
+        """
         name, unit = next(iter(RATE_UNITS.items()))
         for shorter_name, shorter in RATE_UNITS.items():
             if self.period > shorter or shorter % self.period >= shorter // self.period:
@@ -64,7 +67,7 @@ class Limit(Match):
             nonlocal credit, last
             time = round(now * _NANOSECONDS)
             if last is not None:
-                credit = min(capacity, credit + max(0, time - last))
+                credit = min(capacity, credit + time - last)
             last = time
             if credit < cost:
                 return False

@@ -69,7 +69,7 @@ class Draft:
         self._chance = chance
 
     def execute(self, command: Command) -> list[str]:
-        """Do a command, and return the lines it prints; RuleError, and no change, if it cannot be done."""
+        """Do a command, and return the lines it prints; RuleError if it cannot be done, and the draft is of no more use."""
         match command:
             case Append() | Insert() | Replace() | Delete() | DeleteNumber() | Flush() | Zero():
                 self._change_rules(command)

@@ -38,7 +38,7 @@ LISTINGS = {
         "          !tcp  -- !10.0.0.0/8          !10.0.0.1            ",
         "TPROXY     tcp  --  anywhere             anywhere             tcp dpt:80 /* a b */"
         " TPROXY redirect 10.0.0.1:50080",
-        "TPROXY     udp  --  ::1                  anywhere             TPROXY redirect 0.0.0.0:0",
+        "TPROXY     udp  --  ::1                  anywhere             TPROXY redirect [::]:0",
         "",
         "Chain OUTPUT (policy DROP)",
         HEADER,
@@ -55,7 +55,7 @@ LISTINGS = {
         "4        0     0 TPROXY     tcp  --  *      *       0.0.0.0/0            0.0.0.0/0           "
         " tcp dpt:80 /* a b */ TPROXY redirect 10.0.0.1:50080",
         "5        0     0 TPROXY     udp  --  *      *       ::1                  ::/0                "
-        " TPROXY redirect 0.0.0.0:0",
+        " TPROXY redirect [::]:0",
     ],
     "-L OUTPUT -v": ["Chain OUTPUT (policy DROP 123K packets, 7 bytes)", COUNTED],
     "-L OUTPUT -vx": ["Chain OUTPUT (policy DROP 123456 packets, 7 bytes)", EXACT],

@@ -102,6 +102,7 @@ CONDITIONS: list[tuple[str, RulePacket, RulePacket]] = [
     ("-p tcp -m multiport --dports 22,80,8000:8080", packet(dport=8001), packet(dport=23)),
     ("-p tcp -m multiport ! --dports 22,80", packet(dport=23), PACKET),
     ("-p tcp -m multiport --sports 40000", PACKET, packet(sport=80)),
+    ("-p tcp -m multiport --dports 40000", packet(dport=40000), PACKET),
     ("-p tcp -m multiport --ports 40000", PACKET, packet(sport=5)),
     ("-p tcp -m multiport --ports 80", PACKET, packet(dport=5)),
     ("-p tcp -m multiport ! --ports 80", packet(dport=5), packet(sport=80, dport=5)),
