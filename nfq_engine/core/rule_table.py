@@ -69,7 +69,7 @@ class Draft:
         self._chance = chance
 
     def execute(self, command: Command) -> list[str]:
-        """Do a command, and return the lines it prints; RuleError if it cannot be done, and the draft is of no more use."""
+        """Do a command, and return the lines it prints; after a RuleError the draft is of no more use."""
         match command:
             case Append() | Insert() | Replace() | Delete() | DeleteNumber() | Flush() | Zero():
                 self._change_rules(command)

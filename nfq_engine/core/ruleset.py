@@ -55,6 +55,7 @@ class Ruleset:
         self._chance: Final = chance
         self._chains: Mapping[str, Chain] = {}
         self._steps: dict[str, tuple[_Step, ...]] = {}
+        self._policies: dict[BuiltinChain, tuple[Verdict, Tally]] = {}
         self.commit(Draft(empty_chains(), chance))
 
     @property
@@ -73,6 +74,7 @@ class Ruleset:
             name: self._steps[name] if self._chains.get(name) is chain else _steps(name, chain)
             for name, chain in draft.chains.items()
         }
+        self._policies = {name: _policy(name, draft.chains[name]) for name in BuiltinChain}
         self._chains = dict(draft.chains)
 
     def apply(self, command: Command) -> list[str]:
@@ -109,15 +111,11 @@ class Ruleset:
                 return action
             else:
                 if not callers:
-                    return self._policy(chain, length)
+                    verdict, tally = self._policies[chain]
+                    tally.packets += 1
+                    tally.bytes += length
+                    return verdict
                 steps = callers.pop()
-
-    def _policy(self, name: BuiltinChain, length: int) -> Verdict:
-        chain = self._chains[name]
-        chain.tally.packets += 1
-        chain.tally.bytes += length
-        rule = f"{name} policy"
-        return Drop(rule) if chain.policy is Policy.DROP else Accept(rule)
 
 
 def _steps(name: str, chain: Chain) -> tuple[_Step, ...]:
@@ -132,6 +130,12 @@ def _steps(name: str, chain: Chain) -> tuple[_Step, ...]:
         )
         for number, entry in enumerate(chain.entries, start=1)
     )
+
+
+def _policy(name: BuiltinChain, chain: Chain) -> tuple[Verdict, Tally]:
+    """What becomes of a packet that no rule decided on, and where it is counted."""
+    rule = f"{name} policy"
+    return (Drop(rule) if chain.policy is Policy.DROP else Accept(rule)), chain.tally
 
 
 def _action(target: AnyTarget | None, rule: str) -> _Action:
