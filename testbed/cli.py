@@ -5,8 +5,10 @@ Owns: arguments, what is printed, exit codes. What a lab is and does is lab.py's
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.lab import Lab, LabError
-from testbed.plan import plan
+from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
 from testbed.topology import Topology
@@ -58,7 +60,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except _TROUBLE as error:
-            raise click.ClickException(str(error)) from error
+            text = "\n".join((str(error), *getattr(error, "__notes__", ())))
+            raise click.ClickException(text) from error
 
 
 @click.group(cls=_Commands, epilog=_EPILOG)
@@ -76,10 +79,16 @@ def validate(file: Path) -> None:
 
 @main.command("plan")
 @_file
-def show_plan(file: Path) -> None:
+@_as_json
+def show_plan(file: Path, *, as_json: bool) -> None:
     """Print the operations that would build a lab, without building it."""
-    for operation in plan(load(file)):
-        click.echo(operation)
+    operations = plan(load(file))
+    if as_json:
+        values = [{"operation": type(each).__name__, **dataclasses.asdict(each)} for each in operations]
+        click.echo(json.dumps(values, indent=2, default=str))
+        return
+    for operation in operations:
+        click.echo(describe(operation))
 
 
 @main.command()
@@ -150,6 +159,7 @@ def run(file: Path, directory: Path | None, node: str | None, command: tuple[str
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
     logs = _directory(topology, directory)
     click.echo(f"logs and captures: {logs}", err=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
     with Lab(topology, logs) as lab:
         if node is None:
             status = subprocess.run(command, check=False).returncode

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, assert_never
 
 from testbed.routes import routes
 from testbed.topology import BRIDGE, Address, End, Gateway, Kind, Network, Node, Topology
@@ -121,6 +121,39 @@ class LoadRules:
 
 NetlinkOperation = MakeBridge | MakeLink | JoinBridge | AddAddress | SetUp | AddRoute
 Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | LoadRules
+
+
+def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of operation
+    """An operation in words, the node first."""
+    match operation:
+        case MakeNamespace(node, settings):
+            return f"{node}: namespace with {_listed(settings)}"
+        case MakeBridge(node):
+            return f"{node}: bridge {BRIDGE}"
+        case MakeLink(left, right, mtu):
+            return f"{left.node}: link {left.interface} to {right.label}, MTU {mtu}"
+        case StopOffload(node, interface):
+            return f"{node}: no offload on {interface}"
+        case JoinBridge(node, interface):
+            return f"{node}: {interface} into {BRIDGE}"
+        case AddAddress(node, interface, address):
+            return f"{node}: address {address} on {interface}"
+        case SetUp(node, interface):
+            return f"{node}: {interface} up"
+        case AddRoute(node, to, via):
+            return f"{node}: route to {to} by {via}"
+        case WaitReady(node):
+            return f"{node}: wait until it is ready"
+        case Configure(node, settings):
+            return f"{node}: {_listed(settings)}"
+        case LoadRules(node, command, text):
+            return f"{node}: {' '.join(command)} with {len(text.splitlines())} lines of the user's"
+        case _:
+            assert_never(operation)
+
+
+def _listed(settings: Sequence[tuple[str, str]]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings)
 
 
 def plan(topology: Topology) -> list[Operation]:

@@ -13,10 +13,10 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from testbed.lab import Lab
@@ -25,6 +25,7 @@ from testbed.process import start_time
 from testbed.topology import Topology
 
 _PATIENCE: Final = 15.0  # seconds for a lab to end
+_LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
 
 
 class RegistryError(Exception):
@@ -92,12 +93,13 @@ def find(name: str | None) -> Record:
 
 def up(topology: Topology, logs: Path) -> Record:
     """Start a lab that runs until `down`; whatever keeps it from starting is told here."""
-    with _lock():
+    with _lock() as lock:
         if any(record.name == topology.name for record in records()):
             raise RegistryError(f"the lab {topology.name} runs already")
         reading, writing = os.pipe()
         if os.fork() == 0:
             os.close(reading)
+            os.close(lock)  # else the lab would hold it as long as it lives
             _keep(topology, logs, writing)
         os.close(writing)
         with os.fdopen(reading) as told:
@@ -109,10 +111,14 @@ def up(topology: Topology, logs: Path) -> Record:
 
 
 def down(record: Record) -> None:
-    """End a lab and wait until its keeper is gone."""
+    """End a lab and wait until its keeper is gone; RegistryError with what the keeper had to complain of."""
+    log = Path(record.directory, _LOG)
+    said = log.stat().st_size if log.exists() else 0
     os.kill(record.pid, signal.SIGTERM)
     _wait_gone(record)
     _path(record.name).unlink(missing_ok=True)
+    if log.exists() and (complaints := log.read_text(errors="replace")[said:].strip()):
+        raise RegistryError(f"{record.name} is down, but\n{complaints}")
 
 
 def _wait_gone(record: Record) -> None:
@@ -126,6 +132,10 @@ def _wait_gone(record: Record) -> None:
             raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not end")
 
 
+class _Down(BaseException):
+    """SIGTERM came."""
+
+
 def _keep(topology: Topology, logs: Path, telling: int) -> None:
     """The keeper: leave the command's session, build the lab, say so, wait for SIGTERM. Never returns."""
     os.setsid()
@@ -133,26 +143,34 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
         os._exit(0)
     status = 1
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        _redirect(logs / "keeper.log")
-        with Lab(topology, logs) as lab:
+        # Not blocked and waited for: what the keeper starts would have it blocked, too.
+        signal.signal(signal.SIGTERM, _leave)
+        _redirect(logs / _LOG)
+        with contextlib.suppress(_Down), Lab(topology, logs) as lab:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
             _path(topology.name).write_text(json.dumps(asdict(record)))
             os.close(telling)
             telling = -1
-            signal.sigwait({signal.SIGTERM})
+            while True:
+                signal.pause()
         status = 0
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
         if telling >= 0:
             os.write(telling, message.encode())
         else:
-            sys.stderr.write(f"{time.ctime()} {message}\n")
+            sys.stderr.write(message + "\n")
             sys.stderr.flush()
     finally:
         _path(topology.name).unlink(missing_ok=True)
         os._exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Answer to SIGTERM: once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Down
 
 
 def _redirect(log: Path) -> None:
@@ -169,11 +187,11 @@ def _path(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[None]:
-    """One `up` at a time."""
+def _lock() -> Iterator[int]:
+    """One `up` at a time; yields the descriptor that holds the lock."""
     descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
