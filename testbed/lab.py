@@ -141,8 +141,7 @@ class Lab:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        died = [program for program in self.programs.values() if program.returncode not in (None, 0)]
-        complaints = [f"{program.label} had ended with {program.returncode}{program.tail()}" for program in died]
+        complaints = [program.account() for program in self.programs.values() if program.has_failed]
         complaints += self._undo.run()
         if error is not None:
             for complaint in complaints:
@@ -191,6 +190,10 @@ class Lab:
         self.programs[key] = program
         self._undo.add(program.label, program.stop)
         return program
+
+    def at_end(self, what: str, step: Callable[[], object]) -> None:
+        """Have something done when the lab ends, before anything earlier is undone; `what` names it if it fails."""
+        self._undo.add(what, step)
 
     def start_programs(self) -> None:
         """Start the engines, then the services: done on entering, unless the lab was made with `programs=False`."""

@@ -96,9 +96,18 @@ class Program:
         return self._returncode
 
     def check(self) -> None:
-        """ServiceError when it ended by itself."""
+        """ServiceError when it has ended."""
         if self.returncode is not None:
-            raise ServiceError(f"{self.label} {_ended(self.returncode)}{self.tail()}")
+            raise ServiceError(self.account())
+
+    def account(self) -> str:
+        """How it ended, with its last words."""
+        return f"{self.label} {_ended(self.returncode)}{self.tail()}"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended by itself, and not with exit status 0."""
+        return self._ended >= 0 and self.returncode not in (None, 0)
 
     def wait(self, within: float) -> int | None:
         """Wait for its end; how it ended, or None when it did not within that many seconds."""
@@ -206,7 +215,9 @@ def _is_listening(port: int) -> bool:
     return False
 
 
-def _ended(returncode: int) -> str:
+def _ended(returncode: int | None) -> str:
+    if returncode is None:
+        return "runs"
     if returncode < 0:
         return f"was ended by {signal.Signals(-returncode).name}"
     return f"ended with exit status {returncode}"
