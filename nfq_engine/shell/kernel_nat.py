@@ -162,18 +162,18 @@ class KernelDatapath(Datapath):
         if tracked:
             elements |= _by_version("tracked", tracked)
         try:
-            try:
-                self._nft.change(elements, self._spent)
-            except OSError as error:
-                if not self._spent or error.errno == errno.ETIMEDOUT:
-                    raise
-                self._nft.change(elements)  # elements have timed out meanwhile: there is nothing to take out
-            self._tracked |= tracked
-            return 0
+            self._nft.change(elements, self._spent)
         except OSError as error:
-            return error.errno or errno.EIO
-        finally:
-            self._spent = {name: list(inside) for name, inside in added.items()}
+            if not self._spent or error.errno == errno.ETIMEDOUT:
+                return error.errno or errno.EIO
+            # Perhaps only what was to be taken out has timed out meanwhile.
+            try:
+                self._nft.change(elements)
+            except OSError as second:
+                return second.errno or errno.EIO
+        self._spent = {name: list(inside) for name, inside in added.items()}
+        self._tracked |= tracked
+        return 0
 
     def _is_spent(self, flow: FlowTuple) -> bool:
         """Is there still an element for this tuple?"""
