@@ -52,9 +52,13 @@ ICMP_HEADER: Final = 8
 # Offset of the checksum inside the transport header.
 CHECKSUM_OFFSET: Final = {Protocol.TCP: 16, Protocol.UDP: 6}
 
+_IPV4_MORE: Final = 0x2000
+_IPV4_OFFSET: Final = 0x1FFF
+
 # IPv6 extension headers that may stand before the transport (RFC 8200 section 4.1).
-_IPV6_EXTENSIONS: Final = frozenset({0, 43, 60, 135})
 _IPV6_FRAGMENT: Final = 44
+_IPV6_EXTENSIONS: Final = frozenset({0, 43, _IPV6_FRAGMENT, 60, 135})
+_IPV6_OFFSET: Final = 0xFFF8
 
 # ICMP types that carry the packet they complain about (RFC 792; RFC 4443 section 3).
 _ICMP_ERRORS: Final = frozenset({3, 4, 5, 11, 12})
@@ -204,19 +208,23 @@ def parse(data: bytes) -> Parsed:
     return Unrelated(network.protocol)
 
 
-def _parse_network(data: bytes, start: int, limit: int) -> _Network | Malformation:
-    """Read the IP header at `start`; the result's `end` may lie beyond `limit` when the packet was cut (ICMP)."""
+def _parse_network(data: bytes, start: int, limit: int, *, is_embedded: bool = False) -> _Network | Malformation:
+    """Read the IP header at `start`.
+
+    Of a packet that is embedded in an ICMP error, `end` may lie beyond `limit`, as it was cut, and it may be a first
+    fragment, as it was embedded by a host that did not put fragments together.
+    """
     if start >= limit:
         return Malformation.EMPTY
     version = data[start] >> 4
     if version == 4:
-        return _parse_ipv4(data, start, limit)
+        return _parse_ipv4(data, start, limit, is_embedded)
     if version == 6:
-        return _parse_ipv6(data, start, limit)
+        return _parse_ipv6(data, start, limit, is_embedded)
     return Malformation.BAD_VERSION
 
 
-def _parse_ipv4(data: bytes, start: int, limit: int) -> _Network | Malformation:
+def _parse_ipv4(data: bytes, start: int, limit: int, is_embedded: bool) -> _Network | Malformation:
     """Read an IPv4 header (RFC 791 section 3.1)."""
     if limit - start < IPV4_HEADER:
         return Malformation.SHORT_IP_HEADER
@@ -227,7 +235,7 @@ def _parse_ipv4(data: bytes, start: int, limit: int) -> _Network | Malformation:
     if total < header:
         return Malformation.BAD_TOTAL_LENGTH
     # More fragments, or an offset: fragments are put together before this hook, so none should be seen.
-    if data[start + 6] & 0x3F or data[start + 7]:
+    if (data[start + 6] << 8 | data[start + 7]) & (_IPV4_OFFSET if is_embedded else _IPV4_MORE | _IPV4_OFFSET):
         return Malformation.FRAGMENT
     return _Network(
         source=data[start + 12 : start + 16],
@@ -238,7 +246,7 @@ def _parse_ipv4(data: bytes, start: int, limit: int) -> _Network | Malformation:
     )
 
 
-def _parse_ipv6(data: bytes, start: int, limit: int) -> _Network | Malformation:
+def _parse_ipv6(data: bytes, start: int, limit: int, is_embedded: bool) -> _Network | Malformation:
     """Read an IPv6 header and the extension headers behind it (RFC 8200 sections 3 and 4)."""
     if limit - start < IPV6_HEADER:
         return Malformation.SHORT_IP_HEADER
@@ -248,9 +256,12 @@ def _parse_ipv6(data: bytes, start: int, limit: int) -> _Network | Malformation:
     while following in _IPV6_EXTENSIONS:
         if offset + 8 > min(end, limit):
             return Malformation.SHORT_EXTENSION_HEADER
-        following, offset = data[offset], offset + 8 + data[offset + 1] * 8
-    if following == _IPV6_FRAGMENT:
-        return Malformation.FRAGMENT
+        if following != _IPV6_FRAGMENT:
+            following, offset = data[offset], offset + 8 + data[offset + 1] * 8
+        elif is_embedded and not (data[offset + 2] << 8 | data[offset + 3]) & _IPV6_OFFSET:
+            following, offset = data[offset], offset + 8
+        else:
+            return Malformation.FRAGMENT
     if offset > end:
         return Malformation.SHORT_EXTENSION_HEADER
     return _Network(
@@ -308,7 +319,7 @@ def _parse_icmp(data: bytes, network: _Network, errors: frozenset[int]) -> IcmpE
         return Malformed(Malformation.SHORT_ICMP_ERROR)
     if data[at] not in errors:
         return Unrelated(network.protocol)
-    embedded = _parse_network(data, at + ICMP_HEADER, network.end)
+    embedded = _parse_network(data, at + ICMP_HEADER, network.end, is_embedded=True)
     if embedded is Malformation.FRAGMENT:
         return Unrelated(network.protocol)  # a complaint about a later fragment names no ports
     if isinstance(embedded, Malformation) or len(embedded.source) != len(network.source):

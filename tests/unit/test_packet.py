@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import pytest
 from builders import endpoint, flow, icmp_error, packet
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, UDP, IPOption_NOP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
@@ -20,6 +22,7 @@ from nfq_engine.core.packet import (
     claimed_length,
     parse,
 )
+from nfq_engine.core.rewrite import Rewrite, patch_icmp_error, patch_segment
 
 TCP4 = packet(flow(endpoint("client", 4000), endpoint("server", 80)))
 UDP4 = packet(flow(endpoint("client", 4000), endpoint("server", 80), Protocol.UDP), payload=b"hello")
@@ -117,6 +120,26 @@ def test_icmp_error_tells_the_embedded_flow(version: int) -> None:
     assert (parsed.flow, parsed.source, parsed.destination) == (about, source, destination)
 
 
+MORE_TO_COME = {
+    4: IP(src="10.0.0.1", dst="10.0.1.2", flags="MF") / UDP(sport=4000, dport=80, len=3000) / Raw(b"x" * 16),
+    6: IPv6(src="fd00::1", dst="fd01::2")
+    / IPv6ExtHdrDestOpt()
+    / IPv6ExtHdrFragment(m=1)
+    / UDP(sport=4000, dport=80, len=3000)
+    / Raw(b"x" * 16),
+}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_error_about_a_first_fragment_names_the_flow(version: int) -> None:
+    """Path-MTU discovery for large datagrams over IPv6 works by such errors."""
+    about = flow(endpoint("client", 4000, version), endpoint("server", 80, version), Protocol.UDP)
+    data = icmp_error(bytes(MORE_TO_COME[version]), about.destination.address, about.source.address, too_big=True)
+    parsed = parse(data)
+    assert isinstance(parsed, IcmpError)
+    assert parsed.flow == about
+
+
 UNRELATED = [
     pytest.param(bytes(IP(proto=47) / b"gre"), id="gre"),
     pytest.param(bytes(IP(proto=1) / Raw(b"\x08\0" + b"\0" * 6)), id="echo"),
@@ -135,20 +158,40 @@ def test_arbitrary_bytes_never_raise(data: bytes) -> None:
     parse(data)
 
 
+def error_about(data: bytes) -> bytes:
+    version = data[0] >> 4
+    return icmp_error(data, endpoint("gateway", 0, version).address, endpoint("client", 0, version).address)
+
+
+BEHIND_OPTIONS = [
+    bytes(IP(src="10.0.0.1", dst="10.0.1.2", options=[IPOption_NOP()] * 4) / UDP(sport=4000, dport=80) / b"x"),
+    bytes(IPv6(src="fd00::1", dst="fd01::2") / IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / UDP() / b"x"),
+]
+SOUND = [TCP4, UDP4, TCP6, UDP6, *BEHIND_OPTIONS]
+SOUND += [error_about(data) for data in SOUND] + [error_about(bytes(first)) for first in MORE_TO_COME.values()]
+
+
+@settings(max_examples=400)
 @given(
-    st.sampled_from([TCP4, UDP4, TCP6, UDP6, icmp_error(TCP4, b"\1\2\3\4", b"\5\6\7\x08")]),
-    st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), max_size=4),
-    st.integers(0, 120),
+    st.sampled_from(SOUND),
+    st.lists(st.tuples(st.integers(0, 159), st.integers(0, 255)), max_size=4),
+    st.integers(0, 200),
 )
 def test_broken_packets_never_raise(data: bytes, changes: list[tuple[int, int]], cut: int) -> None:
+    """And what is still taken for a packet can be rewritten without a change of its length."""
     for at, value in changes:
         data = changed(data, at % len(data), value)
     data = data[:cut]
-    parsed = parse(data)
-    if isinstance(parsed, Segment):
-        assert parsed.transport + 8 <= len(data)
-    if isinstance(parsed, IcmpError):
-        assert parsed.embedded_transport + 8 <= len(data)
+    match parsed := parse(data):
+        case Segment(before):
+            assert len(patch_segment(data, parsed, Rewrite.between(before, before.inverse()))) == len(data)
+        case IcmpError(source, destination, _, before):
+            rewrite = Rewrite.between(before, before.inverse())
+            assert len(patch_icmp_error(data, parsed, rewrite, destination, source)) == len(data)
+        case Unrelated() | Malformed():
+            pass
+        case _:
+            assert_never(parsed)
 
 
 @pytest.mark.parametrize("data", [TCP4, TCP6], ids=["ipv4", "ipv6"])
