@@ -61,6 +61,8 @@ class Engine(TproxyTable):
         self.connections = ConnectionTable()
         self.hot = HotPath(self.connections)
         self.allocator = Allocator(self.connections, ports, chance, self.is_reserved)
+        # For whoever wants to know: a connection's tuples are all chosen; a connection is forgotten.
+        self.on_complete: Callable[[Connection], None] = lambda _: None
         self.on_delete: Callable[[Connection], None] = lambda _: None
         self._deletion = deletion
 
@@ -231,6 +233,7 @@ class Engine(TproxyTable):
             self.relate(sockref, connection)
             if is_foreign and not foreign.port:
                 self.sockrefs.set_foreign(sockref, choice.flow.source)
+        self.on_complete(connection)
         entry = connection.entries[Stage.SOURCE, Direction.ORIGINAL]
         self._account(entry, arrival, segment, Stage.SOURCE)
         return self._rewritten(reason, arrival, segment, entry)

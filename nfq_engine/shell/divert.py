@@ -46,6 +46,7 @@ from nfq_engine.shell.nftables import NftError, NftSocket
 _LARGEST_SEGMENT: Final = 65531 - 60
 
 TABLE: Final = "nfq_tproxy"
+UNTOUCHED: Final = ("untouched4", "untouched6")  # what POSTROUTING leaves alone (untouched.py)
 TO_QUEUE: Final = "to_queue"
 # The chains that follow the ruleset (narrowing.py); until they do, they want everything.
 WANTED: Final = {BuiltinChain.PREROUTING: "wanted_prerouting", BuiltinChain.OUTPUT: "wanted_output"}
@@ -87,6 +88,12 @@ class Layout:
 def _inline_text(mark: int) -> str:
     return f"""
 table inet {TABLE} {{
+    set {UNTOUCHED[0]} {{
+        type inet_proto . ipv4_addr . inet_service . ipv4_addr . inet_service
+    }}
+    set {UNTOUCHED[1]} {{
+        type inet_proto . ipv6_addr . inet_service . ipv6_addr . inet_service
+    }}
     chain {TO_QUEUE} {{
     }}
     chain diverted {{
@@ -110,6 +117,8 @@ table inet {TABLE} {{
     }}
     chain postrouting {{
         type filter hook postrouting priority 300; policy accept;
+        {_TUPLE.format("ip")} @{UNTOUCHED[0]} accept
+        {_TUPLE.format("ip6")} @{UNTOUCHED[1]} accept
         jump diverted
     }}
     chain mark_prerouting {{
@@ -232,7 +241,7 @@ def _sets_text() -> str:
     return text
 
 
-INLINE: Final = Layout("layout_inline_1", (), _inline_text)
+INLINE: Final = Layout("layout_inline_2", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
 KERNEL: Final = Layout(
     "layout_kernel_1",
     tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),

@@ -20,6 +20,7 @@ from nfq_engine.shell.datapath import Datapath
 from nfq_engine.shell.forms import flow_form
 from nfq_engine.shell.interfaces import HostInterfaces
 from nfq_engine.shell.queue import QueuedPacket, SliceOver
+from nfq_engine.shell.untouched import Untouched
 
 _clock: Final = time.monotonic
 _STAGES: Final = tuple(int(Stage.at(hook)) for hook in Hook)
@@ -33,6 +34,9 @@ class InlineDatapath(Datapath):
     def __init__(self, engine: Engine, interfaces: HostInterfaces, mark: int) -> None:
         super().__init__(engine, interfaces, mark)
         self._engine = engine
+        self._untouched = Untouched()
+        engine.on_complete = self._untouched.add
+        engine.on_delete = self._untouched.remove
         # Packets that the hot path decided, by hook: rewritten, and let through as they were.
         self._translated = [0] * len(Hook)
         self._passed = [0] * len(Hook)
@@ -59,6 +63,14 @@ class InlineDatapath(Datapath):
                 raise SliceOver
 
         return handle
+
+    def release(self) -> None:
+        """No packet is held back; what need not come again is told now, for all of them at once."""
+        self._untouched.flush()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._untouched.close()
 
     def settle(self) -> None:
         """Hand what was counted here to the engine's counters."""

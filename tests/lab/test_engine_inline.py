@@ -250,6 +250,44 @@ def test_port_unreachable_comes_from_the_server_it_was_sent_to(lab: Lab, version
     assert reasons(lab, "POSTROUTING")["icmp-translated"] == 1
 
 
+def test_packets_with_nothing_to_change_come_to_the_queue_once(lab: Lab) -> None:
+    """After a connection's first packets, those that POSTROUTING would leave alone do not come there any more."""
+    client, server, gateway = lab["client"], lab["server"], lab["gateway"]
+    with (
+        bound(server, UDP, 4, server.address(4), 9000) as sink,
+        bound(client, UDP, 4, client.address(4), 9001) as source,
+    ):
+        for number in range(20):
+            source.sendto(number.to_bytes(4, "big"), (server.address(4), 9000))
+            assert int.from_bytes(sink.recv(10), "big") == number
+    assert sum(reasons(lab, "PREROUTING").values()) == 20
+    assert sum(reasons(lab, "POSTROUTING").values()) < 5
+    assert (
+        "udp . 10.0.0.1 . 9001 . 10.0.1.2 . 9000" in gateway.run(["nft", "list", "table", "inet", "nfq_tproxy"]).stdout
+    )
+
+
+def test_port_used_again_is_translated_although_its_last_connection_was_not(lab: Lab, tproxy: Tproxy) -> None:
+    gateway, client, server = lab["gateway"], lab["client"], lab["server"]
+    peers = []
+    with bound(server, TCP, 4, server.address(4), 8080, listen=True) as listener:
+        for is_foreign in (False, True):
+            near = bound(gateway, TCP, 4, gateway.address(4, "eth1"), 5555)
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closed by a reset
+            if is_foreign:
+                tproxy.assign(near, client.address(4))
+                tproxy.set_flags(near, Flag.CONNECT)
+            near.connect((server.address(4), 8080))
+            far, peer = listener.accept()
+            with far:
+                exchange(near, far, 10_000)
+                near.close()
+                with pytest.raises(ConnectionResetError):
+                    far.recv(1)
+            peers.append(peer[0])
+    assert peers == [gateway.address(4, "eth1"), client.address(4)]
+
+
 def test_drop_rule_drops_and_counts(lab: Lab) -> None:
     with pytest.raises(TimeoutError):
         connect(lab["client"], lab["server"].address(4), 81, 0.2)
