@@ -89,6 +89,11 @@ class CaptureSession:
         """The labels, in the order given."""
         return tuple(self._points)
 
+    @property
+    def total(self) -> int:
+        """How many frames were read so far, at all points together."""
+        return len(self._armed().frames)
+
     def start(self) -> None:
         """Arm every point. CaptureError when one cannot be: then none is."""
         with ExitStack() as resources:

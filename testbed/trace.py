@@ -75,6 +75,11 @@ class Journey:
         """The hop at a point; None when the packet was not seen there."""
         return next((hop for hop in self.hops if hop.point == point), None)
 
+    def changes(self, first: str, second: str) -> tuple[Change, ...] | None:
+        """What changed from one point to another; None when it was not seen at both."""
+        before, after = self.at(first), self.at(second)
+        return None if before is None or after is None else _changes(before.frames, after.frames)
+
 
 _Place = tuple[str, bool]  # point and direction
 
@@ -215,11 +220,18 @@ def _is_piece_of(frame: Frame, whole: Frame) -> bool:
 
 
 def _finished(draft: _Draft) -> Journey:
-    places = list(draft.hops.values())
-    hops = [Hop(places[0][0].point, tuple(places[0]))]
-    for before, after in pairwise(places):
-        changes = changes_between(before[0], after[0])
-        if len(after) != len(before):
-            changes = tuple(change for change in changes if change.field not in _CUTTING)
-        hops.append(Hop(after[0].point, tuple(after), changes))
-    return Journey(tuple(hops))
+    places = [tuple(frames) for frames in draft.hops.values()]
+    hops = [Hop(after[0].point, after, _changes(before, after)) for before, after in pairwise(places)]
+    return Journey((Hop(places[0][0].point, places[0]), *hops))
+
+
+def _changes(before: tuple[Frame, ...], after: tuple[Frame, ...]) -> tuple[Change, ...]:
+    """What changed on the way, apart from having been cut."""
+    changes = changes_between(before[0], after[0])
+    if len(before) == len(after):
+        return changes
+    sizes = (sum(len(ip_of(frame).payload) for frame in frames) for frames in (before, after))
+    is_whole = len(set(sizes)) == 1
+    return tuple(
+        change for change in changes if change.field not in _CUTTING or (change.field == "payload" and not is_whole)
+    )

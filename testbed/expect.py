@@ -1,0 +1,278 @@
+"""Expectations: what must be seen, where, and by when.
+
+Owns: waiting for it. An expectation looks back to the moment the stimulus began, so it may be written after the
+stimulus; it looks forward for a time, and returns as soon as it holds.
+
+    watch = Watch(session)
+    watch.mark()
+    client.connect(...)
+    watch.expect(at="server:eth0", match={"tcp.dport": 80, "tcp.flags": "S"})
+    watch.expect_none(at="server:eth0", match=lambda ip: ip.src == "10.0.1.2", during=0.5)
+
+None passes on a capture that lost a frame or does not run: that raises CaptureError. One that fails raises
+ExpectationError, see failure.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from testbed.changes import HOP_LIMITS
+from testbed.conversations import Conversation, conversations
+from testbed.failure import ExpectationError, Failure, FrameSource, amount_text
+from testbed.frames import Frame
+from testbed.matching import Match, Matcher, matcher_of
+from testbed.trace import Journey, trace
+
+__all__ = ["ExpectationError", "Watch"]
+
+WITHIN: Final = 2.0  # seconds
+DURING: Final = 0.5  # seconds
+
+_Found = TypeVar("_Found")
+
+
+class Watch:
+    """Expectations on a capture. Each looks back to the last mark, or to the one it is given."""
+
+    def __init__(self, source: FrameSource) -> None:
+        """Look back to the beginning of the capture until there is a mark."""
+        self._source = source
+        self._since = 0
+
+    def mark(self) -> int:
+        """A stimulus begins: what was seen before is not what is expected from now on."""
+        self._since = self._source.mark()
+        return self._since
+
+    def expect(
+        self,
+        at: str,
+        match: Match = None,
+        *,
+        within: float = WITHIN,
+        count: int | range | None = None,
+        since: int | None = None,
+    ) -> list[Frame]:
+        """Frames that match must be seen at a point; returns them.
+
+        `count`: how many; None is one or more. The expectation holds as soon as enough were seen and none too many was
+        among what the kernel had captured until then. For 'and no more for a time', let `expect_none` follow.
+        """
+        least, most = _bounds(count)
+        scan = _Scan(self._source, at, matcher_of(match), self._from(since))
+        self._wait(lambda: len(scan.look()) >= least or None, within)
+        matched = scan.look()
+        self._source.verify([at])
+        expected = f"expected at {at} within {within:g} s: {amount_text(least, most, scan.matcher)}"
+        failure = Failure(self._source, scan.since, expected)
+        if len(matched) < least:
+            raise failure.of_absence(at, scan.matcher, matched)
+        if most is not None and len(matched) > most:
+            raise failure.of_presence(at, matched)
+        self._note(matched, expected)
+        return matched
+
+    def expect_none(self, at: str, match: Match = None, *, during: float = DURING, since: int | None = None) -> None:
+        """No frame that matches may have been seen at a point since the mark, nor come in the next `during` seconds.
+
+        Before it passes, the capture must be armed, and everything that reached it must have been read.
+        """
+        scan = _Scan(self._source, at, matcher_of(match), self._from(since))
+        self._source.verify([at])
+        self._wait(lambda: scan.look() or None, during)
+        matched = scan.look()
+        self._source.verify([at])
+        if matched:
+            expected = f"expected at {at} for {during:g} s: no frame with {scan.matcher}"
+            raise Failure(self._source, scan.since, expected).of_presence(at, matched)
+
+    def expect_sequence(
+        self, *steps: tuple[str, Match], within: float = WITHIN, since: int | None = None
+    ) -> list[Frame]:
+        """Frames must be seen in this order, each at its point, whatever comes between; returns one for each step."""
+        matchers = [(at, matcher_of(match)) for at, match in steps]
+        begin = self._from(since)
+        found = self._wait(lambda: self._whole_sequence(matchers, begin), within)
+        self._source.verify({at for at, _ in steps})
+        order = "; then ".join(f"at {at} {matcher}" for at, matcher in matchers)
+        expected = f"expected within {within:g} s: {order}"
+        if found is None:
+            raise self._broken_sequence(matchers, begin, expected)
+        self._note(found, expected)
+        return found
+
+    def expect_same(
+        self,
+        match: Match = None,
+        *,
+        at: tuple[str, str],
+        changed: Collection[str] = (),
+        within: float = WITHIN,
+        since: int | None = None,
+    ) -> list[tuple[Frame, Frame]]:
+        """Every frame that matches at the first point must be seen at the second, with just these fields changed.
+
+        `changed`: names as Scapy's, `ip.src` or `tcp.sport`; every one of them must have changed, and nothing else but
+        what a router changes (hop limit, header checksums, link addresses). Returns the frames in pairs.
+        """
+        first, second = at
+        matcher, begin = matcher_of(match), self._from(since)
+        wanted = frozenset(changed)
+        self._wait(
+            lambda: all(pair.problem(wanted) is None for pair in self._pairs(matcher, at, begin)) or None, within
+        )
+        pairs = self._pairs(matcher, at, begin)
+        self._source.verify(at)
+        fields = f"only {', '.join(sorted(wanted))} changed" if wanted else "nothing changed"
+        expected = f"expected within {within:g} s: frames at {first} with {matcher} again at {second}, {fields}"
+        failure = Failure(self._source, begin, expected)
+        if not pairs:
+            raise failure.of_absence(first, matcher, [])
+        wrong = [pair for pair in pairs if pair.problem(wanted) is not None]
+        if wrong:
+            lines = [line for pair in wrong for line in (f"  {pair.before}", f"      {pair.problem(wanted)}")]
+            raise failure.of_other(lines, [pair.before for pair in wrong])
+        both = [(pair.before, pair.after) for pair in pairs if pair.after is not None]
+        self._note([frame for pair in both for frame in pair], expected)
+        return both
+
+    def conversations(self, at: str, since: int | None = None) -> list[Conversation]:
+        """Who talked to whom at a point so far, in the order in which they began."""
+        self._source.settle()
+        self._source.verify([at])
+        return conversations(self._source.frames(at, self._from(since)))
+
+    def expect_conversations(
+        self, at: str, exactly: Iterable[str], *, within: float = WITHIN, since: int | None = None
+    ) -> list[Conversation]:
+        """These conversations, and no others, must be seen at a point.
+
+        Each is named as `tcp 10.0.0.1 > 10.0.0.2:80`, without the port of the initiator, an echo as
+        `icmp 10.0.0.1 > 10.0.0.2`. What is neither TCP, UDP nor echo does not count.
+        """
+        wanted, begin = set(exactly), self._from(since)
+
+        def names() -> set[str]:
+            return {str(one) for one in conversations(self._source.frames(at, begin))}
+
+        self._wait(lambda: names() == wanted or None, within)
+        seen = self.conversations(at, begin)
+        if (found := {str(one) for one in seen}) != wanted:
+            expected = f"expected at {at} within {within:g} s: the conversations {', '.join(sorted(wanted)) or 'none'}"
+            lines = [f"  missing: {name}" for name in sorted(wanted - found)]
+            lines += [f"  not expected: {name}" for name in sorted(found - wanted)]
+            raise Failure(self._source, begin, expected).of_other(lines, [])
+        return seen
+
+    def _from(self, since: int | None) -> int:
+        return self._since if since is None else since
+
+    def _wait(self, look: Callable[[], _Found | None], within: float) -> _Found | None:
+        """Look until something is found or time is up; then once more at all that was captured until now."""
+        deadline = time.monotonic() + within
+        while True:
+            amount = self._source.total
+            if look() is not None or (left := deadline - time.monotonic()) <= 0:
+                break
+            self._source.wait(amount, left)
+        self._source.settle()
+        return look()
+
+    def _whole_sequence(self, steps: Sequence[tuple[str, Matcher]], begin: int) -> list[Frame] | None:
+        found = self._sequence(steps, begin)
+        return found if len(found) == len(steps) else None
+
+    def _sequence(self, steps: Sequence[tuple[str, Matcher]], begin: int) -> list[Frame]:
+        """As many steps as were seen, each as early as it can be."""
+        found: list[Frame] = []
+        for frame in self._source.frames(since=begin):
+            if len(found) == len(steps):
+                break
+            at, matcher = steps[len(found)]
+            if frame.point == at and matcher.matches(frame):
+                found.append(frame)
+        return found
+
+    def _broken_sequence(self, steps: Sequence[tuple[str, Matcher]], begin: int, expected: str) -> ExpectationError:
+        found = self._sequence(steps, begin)
+        at, matcher = steps[len(found)]
+        failure = Failure(self._source, begin, f"{expected}\nstep {len(found) + 1} was not seen: at {at} {matcher}")
+        return failure.of_absence(at, matcher, [], after=found[-1].time_ns + 1 if found else 0)
+
+    def _pairs(self, matcher: Matcher, at: tuple[str, str], begin: int) -> list[_Pair]:
+        """The frames that match at the first point, each with the same packet at the second."""
+        first, second = at
+        journeys = trace(self._source.frames(since=begin))
+        return [
+            _Pair(hop.frame, journey, first, second)
+            for journey in journeys
+            if (hop := journey.at(first)) is not None and matcher.matches(hop.frame)
+        ]
+
+    def _note(self, frames: Iterable[Frame], expected: str) -> None:
+        for frame in frames:
+            self._source.annotate(frame, f"satisfied: {expected}")
+
+
+@dataclass(slots=True)
+class _Scan:
+    """The frames at a point that match, looked at once each."""
+
+    source: FrameSource
+    at: str
+    matcher: Matcher
+    since: int
+    _looked_at: int = 0
+    _matched: list[Frame] = field(default_factory=list)
+
+    def look(self) -> list[Frame]:
+        """All that match so far."""
+        fresh = self.source.frames(self.at, self.since)[self._looked_at :]
+        self._looked_at += len(fresh)
+        self._matched += filter(self.matcher.matches, fresh)
+        return self._matched
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A frame at one point, its journey, and the point at which it is wanted again."""
+
+    before: Frame
+    journey: Journey
+    first: str
+    second: str
+
+    @property
+    def after(self) -> Frame | None:
+        hop = self.journey.at(self.second)
+        return None if hop is None else hop.frame
+
+    def problem(self, wanted: frozenset[str]) -> str | None:
+        """Why it is not the packet with just the wanted fields changed."""
+        changes = self.journey.changes(self.first, self.second)
+        if changes is None:
+            return f"was not seen at {self.second}, last at {self.journey.points[-1]}"
+        unwanted = [str(change) for change in changes if change.field not in wanted | HOP_LIMITS]
+        kept = sorted(wanted - {change.field for change in changes})
+        problems = [f"changed: {', '.join(unwanted)}"] * bool(unwanted) + [f"not changed: {', '.join(kept)}"] * bool(
+            kept
+        )
+        return "; ".join(problems) or None
+
+
+def _bounds(count: int | range | None) -> tuple[int, int | None]:
+    """The least and the most that is meant; ValueError when it would always, or never, hold."""
+    match count:
+        case None:
+            return 1, None
+        case range():
+            least, most = count.start, count.stop - 1
+        case int():
+            least = most = count
+    if least < 1 or most < least:
+        raise ValueError(f"count={count}: give 1 or more, or use expect_none")
+    return least, most

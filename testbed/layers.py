@@ -1,0 +1,130 @@
+"""The names by which matches speak of a frame's layers and fields.
+
+Owns: names to Scapy's classes, and reading a field off a frame. `net` is IPv4 or IPv6, whichever there is, so that one
+match serves both; `frame` is the captured frame itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from testbed.frames import Frame
+from testbed.headers import TCP, UDP, IpPacket
+
+if TYPE_CHECKING:
+    from scapy.packet import Packet
+
+# Scapy is loaded when a match needs it, see Frame.packet.
+_CLASSES: Final = {
+    "ether": ("scapy.layers.l2", "Ether"),
+    "vlan": ("scapy.layers.l2", "Dot1Q"),
+    "arp": ("scapy.layers.l2", "ARP"),
+    "ip": ("scapy.layers.inet", "IP"),
+    "icmp": ("scapy.layers.inet", "ICMP"),
+    "tcp": ("scapy.layers.inet", "TCP"),
+    "udp": ("scapy.layers.inet", "UDP"),
+    "ipv6": ("scapy.layers.inet6", "IPv6"),
+    "icmpv6": ("scapy.layers.inet6", "_ICMPv6"),  # the base class of all its messages
+    "dns": ("scapy.layers.dns", "DNS"),
+    "raw": ("scapy.packet", "Raw"),
+}
+NAMES: Final = ("frame", "net", *_CLASSES)
+
+
+class MatchError(ValueError):
+    """A match that makes no sense, whatever the frames are."""
+
+
+class _Missing:
+    """What a frame without the layer has in place of a field's value."""
+
+    def __repr__(self) -> str:
+        return "no such layer"
+
+
+MISSING: Final = _Missing()
+
+
+@cache
+def layer_class(name: str) -> type[Any]:
+    """The Scapy class of a layer; MatchError when there is no layer of that name."""
+    if name not in _CLASSES:
+        near = get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise MatchError(f"there is no layer {name!r}, only {', '.join(NAMES)}{hint}")
+    module, attribute = _CLASSES[name]
+    found: type[Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def layer_in(frame: Frame, name: str) -> Packet | Frame | None:
+    """A layer of a frame by its name; None when it has none."""
+    if name == "frame":
+        return frame
+    if name == "net":
+        return layer_in(frame, "ip") or layer_in(frame, "ipv6")
+    return instance_in(frame, layer_class(name))
+
+
+def instance_in(frame: Frame, layer: type[Any]) -> Packet | None:
+    """The outermost layer of a Scapy class; for the base class of ICMPv6, of any message."""
+    return frame.packet.getlayer(layer, _subclass=layer is layer_class("icmpv6"))
+
+
+def check_field(layer: str, field: str) -> None:
+    """MatchError unless layers of that name may have such a field."""
+    if layer == "icmpv6":
+        return  # each message has its own
+    if layer == "frame":
+        names = ["point", "time_ns", "data", "outgoing", "half_checksum", "number", "vlans"]
+    elif layer == "net":
+        names = ["src", "dst"]
+    else:
+        names = [description.name for description in layer_class(layer).fields_desc]
+    if field not in names:
+        near = get_close_matches(field, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise MatchError(f"{layer} has no field {field!r}, only {', '.join(names)}{hint}")
+
+
+def read_field(frame: Frame, layer: str, field: str) -> object:
+    """A field's value; MISSING when the frame has no such layer."""
+    if (reader := _QUICK.get((layer, field))) is not None:
+        value = None if frame.ip is None else reader(frame.ip)
+        return MISSING if value is None else value
+    found = layer_in(frame, layer)
+    return MISSING if found is None else getattr(found, field, MISSING)
+
+
+def is_quick(layer: str, field: str) -> bool:
+    """Can the field be read without Scapy?"""
+    return (layer, field) in _QUICK or layer == "frame"
+
+
+def _of_version(version: int, read: Callable[[IpPacket], object]) -> Callable[[IpPacket], object]:
+    return lambda packet: read(packet) if packet.layout.version == version else None
+
+
+def _of_protocol(protocol: int, read: Callable[[IpPacket], object]) -> Callable[[IpPacket], object]:
+    return lambda packet: read(packet) if packet.protocol == protocol else None
+
+
+# The fields that most matches ask for. Dissecting takes Scapy a hundred times as long, and there may be 50,000 frames.
+_QUICK: Final[dict[tuple[str, str], Callable[[IpPacket], object]]] = {
+    ("net", "src"): lambda packet: packet.source,
+    ("net", "dst"): lambda packet: packet.destination,
+    ("ip", "src"): _of_version(4, lambda packet: packet.source),
+    ("ip", "dst"): _of_version(4, lambda packet: packet.destination),
+    ("ip", "ttl"): _of_version(4, lambda packet: packet.layout.hop_limit),
+    ("ipv6", "src"): _of_version(6, lambda packet: packet.source),
+    ("ipv6", "dst"): _of_version(6, lambda packet: packet.destination),
+    ("ipv6", "hlim"): _of_version(6, lambda packet: packet.layout.hop_limit),
+    ("tcp", "sport"): _of_protocol(TCP, lambda packet: packet.source_port),
+    ("tcp", "dport"): _of_protocol(TCP, lambda packet: packet.destination_port),
+    ("udp", "sport"): _of_protocol(UDP, lambda packet: packet.source_port),
+    ("udp", "dport"): _of_protocol(UDP, lambda packet: packet.destination_port),
+}

@@ -1,0 +1,383 @@
+"""Expectations on frames of the past: what passes, what fails, and what a failure says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.packet import Packet
+from scenes import CLIENT, GATEWAY_IN, GATEWAY_OUT, POINTS, ROUTED, SENT, SERVER, Scene, ip, talk
+
+from testbed.expect import ExpectationError, Watch
+from testbed.frames import Frame
+from testbed.layers import MatchError
+from testbed.matching import Match, matcher_of
+
+
+class Past:
+    """A source that has all its frames from the beginning, or shows one more each time somebody waits."""
+
+    def __init__(self, frames: list[Frame], shown: int | None = None) -> None:
+        self.path = Path("/run/lab/capture.pcapng")
+        self.points = POINTS
+        self.comments: list[tuple[int, str]] = []
+        self.verified: list[str] = []
+        self._frames = frames
+        self._shown = len(frames) if shown is None else shown
+
+    @property
+    def total(self) -> int:
+        return self._shown
+
+    def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
+        shown = self._frames[: self._shown]
+        return [frame for frame in shown if frame.time_ns >= since and at in (None, frame.point)]
+
+    def wait(self, amount: int, timeout: float) -> None:
+        assert timeout > 0
+        self._shown = min(amount + 1, len(self._frames))
+
+    def settle(self) -> None:
+        pass
+
+    def verify(self, points: Iterable[str] | None = None) -> None:
+        self.verified += points or self.points
+
+    def mark(self) -> int:
+        return self._frames[self._shown - 1].time_ns + 1 if self._shown else 0
+
+    def annotate(self, frame: Frame, comment: str) -> None:
+        self.comments.append((frame.number, comment))
+
+
+def routed() -> Scene:
+    """One connection through the gateway, which makes 10.0.0.1 to 10.0.0.3."""
+    scene = Scene()
+    talk(scene, (CLIENT, 1, 2), (GATEWAY_IN, 1, 2), (GATEWAY_OUT, 3, 2), (SERVER, 3, 2))
+    return scene
+
+
+def text_of(expectation: Callable[[], object]) -> str:
+    """What the expectation says when it fails."""
+    with pytest.raises(ExpectationError) as caught:
+        expectation()
+    return str(caught.value)
+
+
+# Matches.
+
+V4, V6 = IP(src="10.0.0.1", dst="10.0.0.2"), IPv6(src="fd00::1", dst="fd00::2")
+
+
+def annotated(packet: IP, header: TCP) -> bool:
+    return bool(packet.src == "10.0.0.1" and header.dport == 80)
+
+
+MATCHES: dict[str, tuple[Match, Packet, bool]] = {
+    "nothing asked": (None, V4 / UDP(), True),
+    "a field": ({"ip.src": "10.0.0.1"}, V4 / UDP(), True),
+    "a field of another value": ({"ip.src": "10.0.0.9"}, V4 / UDP(), False),
+    "one of several": ({"tcp.dport": {80, 443}}, V4 / TCP(dport=443), True),
+    "a range": ({"udp.dport": range(33434, 33534)}, V4 / UDP(dport=33500), True),
+    "behind a range": ({"udp.dport": range(33434, 33534)}, V4 / UDP(dport=33534), False),
+    "a condition": ({"ip.ttl": lambda hops: hops < 64}, V4 / UDP(), False),
+    "flags": ({"tcp.flags": "SA"}, V4 / TCP(flags="SA"), True),
+    "one of several flags": ({"tcp.flags": ["S", "SA"]}, V4 / TCP(flags="SA"), True),
+    "a layer that is not there": ({"tcp.dport": 80}, V4 / UDP(dport=80), False),
+    "either version, 4": ({"net.dst": "10.0.0.2"}, V4 / UDP(), True),
+    "either version, 6": ({"net.dst": "fd00::2"}, V6 / UDP(), True),
+    "an address written long": ({"ipv6.dst": "fd00:0:0::2"}, V6 / UDP(), True),
+    "payload": ({"raw.load": b"hello"}, V4 / UDP(dport=9) / b"hello", True),
+    "the frame": ({"frame.outgoing": False}, V4 / UDP(), False),
+    "a lambda": (lambda ip, tcp: ip.dst == "10.0.0.2" and tcp.flags.S, V4 / TCP(), True),
+    "a lambda with a layer that is not there": (lambda ip, tcp: True, V4 / UDP(), False),
+    "a lambda on either version": (lambda net, udp: net.src == "fd00::1", V6 / UDP(), True),
+    "annotations": (annotated, V4 / TCP(dport=80), True),
+    "annotations, other port": (annotated, V4 / TCP(dport=81), False),
+}
+
+
+@pytest.mark.parametrize(("match", "packet", "expected"), MATCHES.values(), ids=MATCHES.keys())
+def test_a_match(match: Match, packet: Packet, expected: bool) -> None:
+    frame = Scene().see(CLIENT, packet, outgoing=True)
+    matcher = matcher_of(match)
+    assert matcher.matches(frame) is expected
+    assert all(verdict.is_met for verdict in matcher.judge(frame)) is expected
+
+
+def no_return(ip: IP) -> None:
+    assert ip.src
+
+
+def of_number(packet: int) -> bool:
+    return packet > 0
+
+
+NONSENSE: dict[str, tuple[Match, str]] = {
+    "misspelt layer": ({"tpc.dport": 80}, "there is no layer 'tpc', .*did you mean tcp?"),
+    "misspelt field": ({"tcp.dprot": 80}, "tcp has no field 'dprot', .*did you mean dport?"),
+    "no field": ({"tcp": 80}, "'tcp' names no field"),
+    "unknown parameter": (lambda foo: True, "there is no layer 'foo'"),
+    "no parameter": (lambda: True, "it has no parameters"),
+    "an annotation that is no layer": (of_number, "parameter 'packet': <class 'int'> is no Scapy layer"),
+    "neither": (5, "a match is a mapping of fields or a function, not 5"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize(("match", "message"), NONSENSE.values(), ids=NONSENSE.keys())
+def test_a_match_that_makes_no_sense_is_refused_even_when_nothing_is_seen(match: Match, message: str) -> None:
+    with pytest.raises(MatchError, match=message):
+        Watch(Past([])).expect_none(SERVER, match)
+
+
+def test_a_match_that_forgets_to_return_is_an_error() -> None:
+    with pytest.raises(MatchError, match="is there a `return` missing"):
+        Watch(Past(routed().frames)).expect_none(SERVER, no_return, during=0)
+
+
+def test_an_error_in_a_match_names_the_frame() -> None:
+    with pytest.raises(AttributeError) as caught:
+        Watch(Past(routed().frames)).expect(SERVER, lambda tcp: tcp.nonsense == 1)
+    assert caught.value.__notes__ == [
+        "raised by the match for #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0"
+    ]
+
+
+# Seen.
+
+
+def test_frames_that_match_are_returned_and_noted_in_the_file() -> None:
+    past = Past(routed().frames)
+    found = Watch(past).expect(SERVER, {"tcp.dport": 80})
+    assert [frame.number for frame in found] == [4, 12]
+    assert past.comments == [
+        (number, "satisfied: expected at server:eth0 within 2 s: 1 frame or more with tcp.dport 80")
+        for number in (4, 12)
+    ]
+    assert past.verified == [SERVER]
+
+
+def test_frames_that_come_later_are_waited_for() -> None:
+    past = Past(routed().frames, shown=0)
+    assert len(Watch(past).expect(SERVER, {"tcp.flags": "R"})) == 1
+
+
+def test_what_was_before_the_mark_does_not_count() -> None:
+    past = Past(routed().frames, shown=4)
+    watch = Watch(past)
+    watch.mark()
+    assert [frame.number for frame in watch.expect(SERVER, {"tcp.dport": 80})] == [12]
+    assert [frame.number for frame in watch.expect(SERVER, {"tcp.dport": 80}, since=0)] == [4, 12]
+
+
+@pytest.mark.parametrize("count", [2, range(1, 3), range(2, 9)], ids=["exactly", "range to", "range from"])
+def test_a_count_that_holds(count: int | range) -> None:
+    assert len(Watch(Past(routed().frames)).expect(SERVER, {"tcp.dport": 80}, count=count)) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "seen"),
+    [
+        (1, "exactly 1 frame with", "seen there: 2 frames of that kind"),
+        (3, "exactly 3 frames with", "seen there: 4 frames, 2 of them as expected"),
+        (range(3, 5), "3 to 4 frames with", "seen there: 4 frames, 2 of them as expected"),
+    ],
+    ids=["too many", "too few", "below a range"],
+)
+def test_a_count_that_does_not_hold(count: int | range, wanted: str, seen: str) -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect(SERVER, {"tcp.dport": 80}, count=count, within=0.05))
+    assert wanted in text
+    assert seen in text
+
+
+@pytest.mark.parametrize("count", [0, -1, range(3), range(3, 3)])
+def test_a_count_that_says_nothing_is_refused(count: int | range) -> None:
+    with pytest.raises(ValueError, match="use expect_none"):
+        Watch(Past([])).expect(SERVER, count=count)
+
+
+def test_a_failure_shows_expected_beside_seen_and_the_nearest_misses_field_by_field() -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect(SERVER, {"ip.src": "10.0.0.1", "tcp.dport": 80, "tcp.flags": "S"}, within=0.05))
+    assert text.splitlines()[:14] == [
+        "expected at server:eth0 within 0.05 s: 1 frame or more with ip.src 10.0.0.1, tcp.dport 80, tcp.flags S",
+        "seen there: 4 frames, 0 of them as expected",
+        "the nearest misses:",
+        "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        "      ✗ ip.src     10.0.0.3   expected: 10.0.0.1",
+        "      ✓ tcp.dport  80",
+        "      ✓ tcp.flags  S",
+        "  +0.110 ms #12 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp PSH ACK seq 1 ack 501, 5 bytes",
+        "      ✗ ip.src     10.0.0.3   expected: 10.0.0.1",
+        "      ✓ tcp.dport  80",
+        "      ✗ tcp.flags  PA   expected: S",
+        "such frames were seen at client:eth0: 1, the first +0.000 ms "
+        "#1 client:eth0 out: 10.0.0.1:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        "such frames were seen at gateway:eth0: 1, the first +0.010 ms "
+        "#2 gateway:eth0 in: 10.0.0.1:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        "",
+    ]
+
+
+def test_a_failure_shows_the_ladder_of_the_connection_and_where_the_file_is() -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect(SERVER, {"tcp.dport": 81, "ip.src": "10.0.0.3"}, within=0.05))
+    assert "tcp 10.0.0.1:4000 → 10.0.0.2:80: 4 packets\n" in text
+    assert "→ SYN                         ●───" in text
+    assert "① src 10.0.0.1" in text
+    assert text.endswith("\ncapture file: /run/lab/capture.pcapng")
+
+
+def test_a_failure_takes_a_lambda_apart() -> None:
+    port = 81
+    watch = Watch(Past(routed().frames))
+    text = text_of(
+        lambda: watch.expect(SERVER, lambda ip, tcp: ip.src == "10.0.0.3" and tcp.dport == port, within=0.05)
+    )
+    assert "1 frame or more with ip.src is '10.0.0.3', tcp.dport is 81\n" in text
+    assert "      ✓ ip.src     10.0.0.3\n      ✗ tcp.dport  80   expected: is 81\n" in text
+
+
+def test_a_failure_with_nothing_near_shows_who_talked_to_whom() -> None:
+    watch = Watch(Past(routed().frames))
+    lines = text_of(lambda: watch.expect(SERVER, {"udp.dport": 53}, within=0.05)).splitlines()
+    assert lines[1:] == [
+        "seen there: 4 frames, 0 of them as expected",
+        "none of them came near",
+        "",
+        "conversations, by point:",
+        "  client:eth0: tcp 10.0.0.1 > 10.0.0.2:80",
+        "  gateway:eth0: tcp 10.0.0.1 > 10.0.0.2:80",
+        "  gateway:eth1: tcp 10.0.0.3 > 10.0.0.2:80",
+        "  server:eth0: tcp 10.0.0.3 > 10.0.0.2:80",
+        "",
+        "capture file: /run/lab/capture.pcapng",
+    ]
+
+
+def test_a_failure_can_be_read_by_programs() -> None:
+    past = Past(routed().frames)
+    with pytest.raises(ExpectationError) as caught:
+        Watch(past).expect(SERVER, {"tcp.dport": 81, "ip.src": "10.0.0.3"}, within=0.05)
+    error = caught.value
+    assert error.path == past.path
+    assert error.connection is not None
+    assert [frame.number for frame in error.nearest] == [4, 12]
+    assert {comment.split(":")[0] for _, comment in past.comments} == {"did not satisfy"}
+
+
+# Not seen.
+
+
+def test_absence_holds_on_a_capture_that_was_verified() -> None:
+    past = Past(routed().frames)
+    Watch(past).expect_none(SERVER, {"ip.src": "10.0.0.1"}, during=0.05)
+    assert set(past.verified) == {SERVER}
+
+
+def test_absence_fails_at_once_with_what_was_seen() -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect_none(SERVER, {"tcp.flags": "S"}, during=60))
+    assert text.splitlines()[:3] == [
+        "expected at server:eth0 for 60 s: no frame with tcp.flags S",
+        "seen there: 1 frame of that kind",
+        "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
+    ]
+
+
+# Order.
+
+SYN, DATA, RESET = {"tcp.flags": "S"}, {"tcp.flags": "PA"}, {"tcp.flags": "R"}
+
+
+def test_a_sequence_over_several_points() -> None:
+    found = Watch(Past(routed().frames)).expect_sequence((CLIENT, SYN), (SERVER, SYN), (SERVER, DATA), (CLIENT, RESET))
+    assert [frame.number for frame in found] == [1, 4, 12, 16]
+
+
+def test_a_sequence_in_the_wrong_order_names_the_step() -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect_sequence((CLIENT, DATA), (SERVER, SYN), within=0.05))
+    assert text.splitlines()[:6] == [
+        "expected within 0.05 s: at client:eth0 tcp.flags PA; then at server:eth0 tcp.flags S",
+        "step 2 was not seen: at server:eth0 tcp.flags S",
+        "seen there: 2 frames, 0 of them as expected",
+        "none of them came near",
+        "such frames were seen there too early:",
+        "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
+    ]
+    assert "tcp 10.0.0.1:4000 → 10.0.0.2:80: 4 packets\n" in text
+
+
+# The same packet.
+
+
+def test_the_same_packet_with_only_these_fields_changed() -> None:
+    pairs = Watch(Past(routed().frames)).expect_same({"tcp.dport": 80}, at=(CLIENT, SERVER), changed={"ip.src"})
+    assert [(before.number, after.number) for before, after in pairs] == [(1, 4), (9, 12)]
+
+
+def test_a_hop_limit_may_change_of_itself() -> None:
+    scene = Scene()
+    before, after = ip(1, 2, SENT) / UDP(dport=9), ip(1, 2, ROUTED) / UDP(dport=9)
+    scene.go((CLIENT, before), (GATEWAY_IN, before), (GATEWAY_OUT, after), (SERVER, after))
+    assert len(Watch(Past(scene.frames)).expect_same(at=(CLIENT, SERVER))) == 1
+
+
+SAME_BROKEN: dict[str, tuple[set[str], str]] = {
+    "an unwanted change": (set(), "changed: ip.src 10.0.0.1→10.0.0.3"),
+    "a change that is missing": ({"ip.src", "tcp.sport"}, "not changed: tcp.sport"),
+    "both": ({"tcp.sport"}, "changed: ip.src 10.0.0.1→10.0.0.3; not changed: tcp.sport"),
+}
+
+
+@pytest.mark.parametrize(("changed", "line"), SAME_BROKEN.values(), ids=SAME_BROKEN.keys())
+def test_another_change_than_wanted_fails(changed: set[str], line: str) -> None:
+    watch = Watch(Past(routed().frames))
+    text = text_of(lambda: watch.expect_same(SYN, at=(CLIENT, SERVER), changed=changed, within=0.05))
+    assert text.splitlines()[1:3] == [
+        "  #1 client:eth0 out: 10.0.0.1:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        f"      {line}",
+    ]
+
+
+def test_a_packet_that_does_not_arrive_fails() -> None:
+    scene = Scene()
+    scene.go((CLIENT, ip(1, 2, SENT) / UDP(dport=9)), (GATEWAY_IN, ip(1, 2, SENT) / UDP(dport=9)))
+    text = text_of(lambda: Watch(Past(scene.frames)).expect_same(at=(CLIENT, SERVER), within=0.05))
+    assert "      was not seen at server:eth0, last at gateway:eth0" in text.splitlines()
+
+
+def test_nothing_that_could_be_the_same_fails() -> None:
+    text = text_of(lambda: Watch(Past(routed().frames)).expect_same({"udp.dport": 9}, at=(CLIENT, SERVER), within=0.05))
+    assert "seen there: 4 frames, 0 of them as expected" in text
+
+
+# Conversations.
+
+
+def test_who_talked_to_whom() -> None:
+    (one,) = Watch(Past(routed().frames)).conversations(CLIENT)
+    assert str(one) == "tcp 10.0.0.1 > 10.0.0.2:80"
+    assert (one.initiator_port, one.packets, one.payload) == (4000, (2, 2), (5, 0))
+
+
+def test_exactly_these_conversations() -> None:
+    watch = Watch(Past(routed().frames))
+    watch.expect_conversations(CLIENT, ["tcp 10.0.0.1 > 10.0.0.2:80"])
+    text = text_of(lambda: watch.expect_conversations(SERVER, ["tcp 10.0.0.1 > 10.0.0.2:80"], within=0.05))
+    assert text.splitlines()[:3] == [
+        "expected at server:eth0 within 0.05 s: the conversations tcp 10.0.0.1 > 10.0.0.2:80",
+        "  missing: tcp 10.0.0.1 > 10.0.0.2:80",
+        "  not expected: tcp 10.0.0.3 > 10.0.0.2:80",
+    ]
+
+
+def test_the_initiator_is_known_though_its_syn_was_not_seen() -> None:
+    scene = Scene()
+    scene.see(CLIENT, ip(2, 1, SENT) / TCP(sport=80, dport=4000, flags="SA"), outgoing=False)
+    assert [str(one) for one in Watch(Past(scene.frames)).conversations(CLIENT)] == ["tcp 10.0.0.1 > 10.0.0.2:80"]
