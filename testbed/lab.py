@@ -8,9 +8,7 @@ and every failure of that is told.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,7 @@ from testbed.capture import CapturePoint, CaptureSession
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.plan import plan
-from testbed.process import Program, ServiceError, environment, sweep
+from testbed.process import Program, ServiceError, environment, sweep, temporary_folder
 from testbed.topology import ENGINE, Address, Node, Readiness, Service, Topology
 from testbed.topology_file import check
 from testbed.undo import Undo
@@ -123,7 +121,7 @@ class Lab:
         self._watch: Watch | None = None
         self._undo = Undo()
         self._is_temporary = directory is None
-        self.directory = directory or Path(tempfile.gettempdir(), f"testbed-{topology.name}-{secrets.token_hex(8)}")
+        self.directory = directory or temporary_folder(topology.name)
 
     def __enter__(self) -> Self:
         try:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,15 +226,29 @@ def _ended(returncode: int | None) -> str:
     return f"ended with exit status {returncode}"
 
 
+def temporary_folder(name: str) -> Path:
+    """A folder for a lab that has none, not made yet; it says in its name whose it is."""
+    owner = owner_mark().replace(":", "-")
+    return Path(tempfile.gettempdir(), f"testbed-{name}-{owner}-{secrets.token_hex(4)}")
+
+
 def sweep() -> list[int]:
-    """Kill the processes of labs whose owner is gone; their pids."""
+    """Kill the processes of labs whose owner is gone, and remove their temporary folders; the pids."""
     killed = []
-    ours = str(_pid_namespace()).encode()
-    mark = re.compile(rb"(?:^|\0)" + MARK.encode() + rb"=" + ours + rb":(\d+):(\d+)(?:\0|$)")
+    mark = re.compile(rb"(?:^|\0)" + MARK.encode() + rb"=(\d+):(\d+):(\d+)(?:\0|$)")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             match = mark.search((process / "environ").read_bytes())
-            if match is not None and start_time(int(match[1])) != match[2].decode():
+            if match is not None and _is_gone(*(part.decode() for part in match.groups())):
                 os.kill(int(process.name), signal.SIGKILL)
                 killed.append(int(process.name))
+    for folder in Path(tempfile.gettempdir()).glob("testbed-*"):
+        named = re.fullmatch(r"testbed-.+-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}", folder.name)
+        if named is not None and _is_gone(*named.groups()):
+            shutil.rmtree(folder, ignore_errors=True)
     return killed
+
+
+def _is_gone(pid_namespace: str, pid: str, started: str) -> bool:
+    """Whether an owner is no more; of one in another container that cannot be known."""
+    return int(pid_namespace) == _pid_namespace() and start_time(int(pid)) != started

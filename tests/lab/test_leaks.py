@@ -1,0 +1,161 @@
+"""Nothing is left of a lab, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.netns import Namespace
+from testbed.nsid import Watch
+from testbed.process import MARK, sweep
+
+pytestmark = pytest.mark.lab
+
+# A lab whose services fork away from their session; it says when it stands.
+OWNER = """
+import signal, sys
+from testbed.lab import Lab
+from testbed.topology_file import loads
+topology = loads('''
+name: {name}
+nodes:
+  a: {{services: {{s: {{command: [bash, -c, "setsid --fork bash -c 'echo up; exec sleep 60'; exec sleep 60"],
+                     ready: {{log: up}}}}}}}}
+  r: {{kind: router}}
+  b:
+links: [{{ends: [{{node: a}}, {{node: r}}]}}, {{ends: [{{node: r}}, {{node: b}}]}}]
+''')
+with Lab(topology) as lab:
+    print("up", flush=True)
+    sys.stdin.read()
+print(*lab.left_over, flush=True)
+"""
+STARTUP = 0.25  # seconds until Python has read the testbed, about
+CHANCE = random.Random(5)
+MOMENTS = [CHANCE.uniform(STARTUP, STARTUP + 0.35) for _ in range(8)]
+PATIENCE = 5.0
+
+
+class Owner:
+    """A process with a lab, that is going to be killed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER.format(name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_until_up(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "up\n"
+
+    def namespaces(self) -> dict[str, Namespace]:
+        """Handles to the namespaces that it holds now."""
+        found = {}
+        with Namespace.current() as ours:
+            for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if str(descriptor.readlink()).startswith("net:["):
+                        namespace = Namespace.at(descriptor)
+                        if namespace.identity != ours.identity:
+                            found[str(descriptor)] = namespace
+        return found
+
+    def processes(self) -> list[str]:
+        """What runs on its behalf: what it marked, and its warden."""
+        mark = f":{self.process.pid}:".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, IndexError):
+                environment = (process / "environ").read_bytes()
+                command = (process / "cmdline").read_bytes()
+                is_marked = any(
+                    mark in line for line in environment.split(b"\0") if line.startswith(MARK.encode() + b"=")
+                )
+                is_warden = command.endswith(b"warden.py\0%d\0" % self.process.pid)
+                if is_marked or is_warden:
+                    found.append(f"{process.name} {command!r}")
+        return found
+
+    def folders(self) -> list[Path]:
+        """Its temporary folders."""
+        return list(Path(tempfile.gettempdir()).glob(f"testbed-{self.name}-*"))
+
+
+@pytest.fixture
+def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
+    """An owner of a lab with a name of its own."""
+    made = Owner(f"leak-{os.getpid()}-{abs(hash(request.node.name)) % 10**6}")
+    with made.process:
+        try:
+            yield made
+        finally:
+            made.process.kill()
+
+
+def wait_for(condition: Callable[[], object]) -> bool:
+    """Wait until something is empty."""
+    deadline = time.monotonic() + PATIENCE
+    while condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not condition()
+
+
+def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
+    owner.wait_until_up()
+    assert len(owner.processes()) >= 3
+    output, _ = owner.process.communicate("")
+    assert "sleep (pid " in output
+    assert owner.processes() == []
+    assert owner.folders() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
+    owner.wait_until_up()
+    namespaces = owner.namespaces()
+    assert len(namespaces) == 3
+    with Watch(namespaces) as watch:
+        for namespace in namespaces.values():
+            namespace.close()
+        owner.process.send_signal(number)
+        assert watch.remaining(PATIENCE) == []
+    assert wait_for(owner.processes), owner.processes()
+    assert wait_for(owner.folders), owner.folders()
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment:.3f}s")
+def test_sigkill_at_any_moment_leaves_nothing(owner: Owner, moment: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        owner.process.wait(moment)
+    owner.process.send_signal(signal.SIGSTOP)  # so that what it holds now can be looked at
+    namespaces = owner.namespaces()
+    with Watch(namespaces) as watch:
+        for namespace in namespaces.values():
+            namespace.close()
+        owner.process.kill()
+        assert watch.remaining(PATIENCE) == []
+    assert wait_for(owner.processes), owner.processes()
+    assert wait_for(owner.folders), owner.folders()
+
+
+def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:
+    owner.wait_until_up()
+    (warden,) = (int(text.split()[0]) for text in owner.processes() if "warden.py" in text)
+    os.kill(warden, signal.SIGKILL)
+    owner.process.kill()
+    owner.process.wait()
+    assert owner.processes()
+    sweep()
+    assert wait_for(owner.processes), owner.processes()
+    assert owner.folders() == []
