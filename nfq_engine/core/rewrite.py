@@ -4,8 +4,7 @@ Owns: the prepared rewrite of the hot path, its bytes patch, and the patch of IC
 why anything is rewritten. Place in the path: the last thing done to a packet before its verdict.
 
 Checksums are updated, never computed anew, so a packet that arrived with a wrong checksum leaves with a wrong one: the
-receiver is to notice, not we (RFC 1624, equation 3: HC' = ~(~HC + ~m + m')). The exception is the checksum of an ICMP
-error, most of whose bytes change.
+receiver is to notice, not we (RFC 1624, equation 3: HC' = ~(~HC + ~m + m')).
 """
 
 from __future__ import annotations
@@ -13,14 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from nfq_engine.core.packet import (
-    CHECKSUM_OFFSET,
-    ICMPV6,
-    FlowTuple,
-    IcmpError,
-    Protocol,
-    Segment,
-)
+from nfq_engine.core.packet import CHECKSUM_OFFSET, FlowTuple, IcmpError, Protocol, Segment, claimed_length
 
 
 def ones_complement_sum(data: bytes) -> int:
@@ -78,28 +70,21 @@ def patch_segment(data: bytes, segment: Segment, rewrite: Rewrite) -> bytes:
 
 
 def patch_icmp_error(data: bytes, error: IcmpError, embedded: Rewrite, source: bytes, destination: bytes) -> bytes:
-    """An ICMP error with its embedded packet rewritten and new outer addresses; its own checksum is computed anew."""
+    """An ICMP error with its embedded packet rewritten and new outer addresses."""
     patched = bytearray(data)
     _patch_addresses(patched, error.embedded, embedded)
     _patch_transport(patched, error.embedded_transport, embedded.flow.protocol, embedded)
-    is_ipv4 = len(source) == 4
-    if is_ipv4:
-        checksum = int.from_bytes(patched[10:12], "big")
-        change = _delta(error.source + error.destination, source + destination)
-        patched[10:12] = updated_checksum(checksum, change).to_bytes(2, "big")
-    patched[12 if is_ipv4 else 8 : 20 if is_ipv4 else 40] = source + destination
-    _checksum_icmp(patched, error.transport, source + destination)
+    outer, new = error.source + error.destination, source + destination
+    message = slice(error.transport, claimed_length(data))
+    delta = _delta(data[message], bytes(patched[message]))
+    if len(source) == 4:
+        patched[12:20] = new
+        _update(patched, 10, _delta(outer, new))
+    else:
+        patched[8:40] = new
+        delta += _delta(outer, new)  # ICMPv6 has a pseudo-header (RFC 4443 section 2.3)
+    _update(patched, error.transport + 2, delta % 0xFFFF)
     return bytes(patched)
-
-
-def _checksum_icmp(packet: bytearray, at: int, addresses: bytes) -> None:
-    """Compute the checksum of an ICMP message; ICMPv6 has a pseudo-header (RFC 4443 section 2.3)."""
-    end = int.from_bytes(packet[2:4], "big") if len(addresses) == 8 else 40 + int.from_bytes(packet[4:6], "big")
-    packet[at + 2 : at + 4] = b"\0\0"
-    covered = bytes(packet[at:end])
-    if len(addresses) != 8:
-        covered = addresses + len(covered).to_bytes(4, "big") + ICMPV6.to_bytes(4, "big") + covered
-    packet[at + 2 : at + 4] = (ones_complement_sum(covered) ^ 0xFFFF).to_bytes(2, "big")
 
 
 def _patch_addresses(packet: bytearray, at: int, rewrite: Rewrite) -> None:
@@ -107,10 +92,15 @@ def _patch_addresses(packet: bytearray, at: int, rewrite: Rewrite) -> None:
     addresses = rewrite.key[:-4]
     if len(addresses) == 8:
         packet[at + 12 : at + 20] = addresses
-        checksum = int.from_bytes(packet[at + 10 : at + 12], "big")
-        packet[at + 10 : at + 12] = updated_checksum(checksum, rewrite.address_delta).to_bytes(2, "big")
+        _update(packet, at + 10, rewrite.address_delta)
     else:
         packet[at + 8 : at + 40] = addresses
+
+
+def _update(packet: bytearray, at: int, delta: int) -> None:
+    """Update the checksum at an offset."""
+    checksum = int.from_bytes(packet[at : at + 2], "big")
+    packet[at : at + 2] = updated_checksum(checksum, delta).to_bytes(2, "big")
 
 
 def _patch_transport(packet: bytearray, at: int, protocol: Protocol, rewrite: Rewrite) -> None:

@@ -119,18 +119,46 @@ def test_example_of_rfc_1624() -> None:
     assert updated_checksum(0xDD2F, (0x3285 - 0x5555) % 0xFFFF) == 0x0000
 
 
-@pytest.mark.parametrize("version", [4, 6])
-@pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
-def test_icmp_error_is_rewritten_inside_and_out(version: int, protocol: Protocol) -> None:
-    wire = flow(endpoint("foreign", 4000, version), endpoint("server", 80, version), protocol)
-    inside = flow(endpoint("outside", 4711, version), endpoint("server", 80, version), protocol)
-    router = endpoint("gateway", 0, version).address
-    data = icmp_error(packet(wire, payload=b"x" * 9), router, wire.source.address)
+@st.composite
+def icmp_rewrites(draw: st.DrawFn) -> tuple[FlowTuple, FlowTuple, bytes, bytes]:
+    """What the embedded packet was and becomes, and the outer addresses before and after."""
+    before, after = draw(rewrites())
+    size = len(before.source.address)
+    outer, new = (draw(st.binary(min_size=2 * size, max_size=2 * size)) for _ in range(2))
+    return before, after, outer, new
+
+
+def halves(addresses: bytes) -> tuple[bytes, bytes]:
+    middle = len(addresses) // 2
+    return addresses[:middle], addresses[middle:]
+
+
+@given(icmp_rewrites(), st.binary(max_size=41))
+def test_any_icmp_error_is_rewritten_inside_and_out(
+    case: tuple[FlowTuple, FlowTuple, bytes, bytes], payload: bytes
+) -> None:
+    """Over IPv4 the embedded packet is cut after eight bytes of its transport, where TCP has no checksum yet."""
+    before, after, outer, new = case
+    data = icmp_error(packet(before, flags="PA", payload=payload), *halves(outer))
     error = parse(data)
     assert isinstance(error, IcmpError)
-    result = patch_icmp_error(data, error, Rewrite.between(wire, inside), router, inside.source.address)
+    result = patch_icmp_error(data, error, Rewrite.between(before, after), *halves(new))
+    assert result == icmp_error(packet(after, flags="PA", payload=payload), *halves(new))
     again = parse(result)
     assert isinstance(again, IcmpError)
-    assert (again.flow, again.source, again.destination) == (inside, router, inside.source.address)
-    expected = icmp_error(packet(inside, payload=b"x" * 9), router, inside.source.address)
-    assert result == expected
+    assert (again.flow, again.source + again.destination) == (after, new)
+    assert patch_icmp_error(result, again, Rewrite.between(after, before), *halves(outer)) == data
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_wrong_checksum_of_an_icmp_error_stays_wrong(version: int) -> None:
+    before, after = (flow(endpoint(who, 1, version), endpoint("server", 2, version)) for who in ("client", "foreign"))
+    router, to = endpoint("gateway", 0, version).address, before.source.address
+    data = bytearray(icmp_error(packet(before), router, to))
+    data[-1] ^= 0x55
+    error = parse(bytes(data))
+    assert isinstance(error, IcmpError)
+    result = patch_icmp_error(bytes(data), error, Rewrite.between(before, after), router, after.source.address)
+    right = bytearray(icmp_error(packet(after), router, after.source.address))
+    right[-1] ^= 0x55
+    assert result == right
