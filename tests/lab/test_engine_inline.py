@@ -257,11 +257,13 @@ def test_packets_with_nothing_to_change_come_to_the_queue_once(lab: Lab) -> None
         bound(server, UDP, 4, server.address(4), 9000) as sink,
         bound(client, UDP, 4, client.address(4), 9001) as source,
     ):
-        for number in range(20):
+        for number in range(25):
             source.sendto(number.to_bytes(4, "big"), (server.address(4), 9000))
             assert int.from_bytes(sink.recv(10), "big") == number
-    assert sum(reasons(lab, "PREROUTING").values()) == 20
-    assert sum(reasons(lab, "POSTROUTING").values()) < 5
+            if number == 4:  # the engine notes it when it has no packet to handle
+                assert sum(reasons(lab, "POSTROUTING").values()) <= 5
+    assert sum(reasons(lab, "PREROUTING").values()) == 25
+    assert sum(reasons(lab, "POSTROUTING").values()) <= 5
     assert (
         "udp . 10.0.0.1 . 9001 . 10.0.1.2 . 9000" in gateway.run(["nft", "list", "table", "inet", "nfq_tproxy"]).stdout
     )
