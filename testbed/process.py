@@ -54,11 +54,12 @@ def environment() -> dict[str, str]:
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in ticks since boot (proc(5), field 22); None when it is gone."""
+    """When a process started, in ticks since boot (proc(5), field 22); None when it is gone, be it not yet reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 class Program:

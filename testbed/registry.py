@@ -152,8 +152,9 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
             _path(topology.name).write_text(json.dumps(asdict(record)))
             os.close(telling)
             telling = -1
-            while True:
-                signal.pause()
+            with contextlib.suppress(_Down):
+                while True:
+                    signal.pause()
         status = 0
     except Exception as error:
         message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))

@@ -1,0 +1,237 @@
+"""The testbed command, as a user has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.process import start_time
+
+pytestmark = pytest.mark.lab
+
+LAB = """\
+name: {name}
+nodes:
+  a:
+  b:
+    services:
+      web: {{command: ["{{python}}", -m, http.server, "8000", --bind, "::"], ready: {{port: 8000}}}}
+      restless: {{command: [bash, -c, "setsid --fork sleep 61; echo up; exec sleep 62"], ready: {{log: up}}}}
+links:
+  - ends: [{{node: a}}, {{node: b}}]
+"""
+
+
+def run_testbed(*words: str | Path, within: float = 20) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "testbed.cli", *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        check=False,
+    )
+
+
+@pytest.fixture
+def name() -> str:
+    """A lab's name that no other test run uses."""
+    return f"cli-{os.getpid()}"
+
+
+@pytest.fixture
+def file(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / "lab.yaml"
+    path.write_text(LAB.format(name=name))
+    return path
+
+
+@pytest.fixture
+def lab(file: Path, name: str, tmp_path: Path) -> Iterator[str]:
+    """A lab that is up."""
+    done = run_testbed("up", file, "--directory", tmp_path / "logs")
+    assert done.returncode == 0, done.stderr
+    assert f"{name} is up: a, b; logs and captures in {tmp_path / 'logs'}" in done.stdout
+    yield name
+    run_testbed("down", name)
+
+
+def in_lab(word: str) -> list[int]:
+    """The processes whose command line has a word."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if word.encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_lab_outlives_the_command_that_started_it_and_ends_with_down(lab: str, tmp_path: Path) -> None:
+    listed = run_testbed("ls", "--json")
+    (record,) = [each for each in json.loads(listed.stdout) if each["name"] == lab]
+    assert record["nodes"] == ["a", "b"]
+    assert lab in run_testbed("ls").stdout
+
+    fetched = run_testbed(
+        "exec",
+        "--lab",
+        lab,
+        "a",
+        "--",
+        "curl",
+        "-sS",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code}",
+        "http://[fd00::2]:8000/",
+    )
+    assert (fetched.returncode, fetched.stdout) == (0, "200"), fetched.stderr
+
+    again = run_testbed("up", tmp_path / "lab.yaml")
+    assert again.returncode == 1
+    assert f"the lab {lab} runs already" in again.stderr
+
+    keeper = record["pid"]
+    done = run_testbed("down", lab)
+    assert (done.returncode, done.stdout) == (0, f"{lab} is down\n"), done.stderr
+    assert start_time(keeper) is None
+    assert lab not in run_testbed("ls").stdout
+    assert (tmp_path / "logs" / "capture.pcapng").stat().st_size > 0
+
+
+def test_exec_ends_as_the_command_does_and_names_what_is_not_there(lab: str) -> None:
+    assert run_testbed("exec", "--lab", lab, "b", "--", "sh", "-c", "exit 37").returncode == 37
+    unknown = run_testbed("exec", "--lab", lab, "c", "--", "true")
+    assert unknown.returncode == 1
+    assert f"the lab {lab} has no node 'c', only a, b" in unknown.stderr
+    missing = run_testbed("exec", "--lab", lab, "b", "--", "no-such-command")
+    assert missing.returncode == 1
+    assert "no-such-command" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_a_shell_is_inside(lab: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.cli", "shell", "--lab", lab, "b"],
+        input="ip -brief address show eth0\n",
+        env={**os.environ, "SHELL": "/bin/sh"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert "10.0.0.2/24" in done.stdout
+
+
+def test_down_tells_what_died(lab: str, tmp_path: Path) -> None:
+    record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
+    (web,) = [pid for pid in in_lab("http.server") if parent(pid) == record["pid"]]
+    os.kill(web, signal.SIGKILL)
+    done = run_testbed("down", lab)
+    assert done.returncode == 1
+    assert f"{lab} is down, but\nb/web was ended by SIGKILL" in done.stderr
+    assert lab not in run_testbed("ls").stdout
+
+
+def test_a_keeper_that_is_killed_leaves_nothing(lab: str) -> None:
+    record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
+    daemons = in_lab("61")
+    assert daemons
+    os.kill(record["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while set(in_lab("61")) & set(daemons) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(in_lab("61")) & set(daemons)
+    assert lab not in run_testbed("ls").stdout
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_run_ends_as_its_command_does(file: Path, tmp_path: Path) -> None:
+    inside = run_testbed(
+        "run", file, "--directory", tmp_path / "logs", "--in", "b", "--", "sh", "-c", "ip -br a; exit 9"
+    )
+    assert inside.returncode == 9, inside.stderr
+    assert "10.0.0.2/24" in inside.stdout
+    outside = run_testbed("run", file, "--directory", tmp_path / "logs", "--", "sh", "-c", "kill -15 $$")
+    assert outside.returncode == 128 + signal.SIGTERM
+    nowhere = run_testbed("run", file, "--in", "c", "--", "true")
+    assert nowhere.returncode == 2
+    assert "no node 'c'" in nowhere.stderr
+
+
+def test_run_takes_the_lab_down_when_it_is_ended(file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "testbed.cli",
+        "run",
+        str(file),
+        "--directory",
+        str(tmp_path / "logs"),
+        "--in",
+        "b",
+    ]
+    running = subprocess.Popen([*command, "--", "sh", "-c", "echo in; sleep 63"], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    with running.stdout:
+        assert running.stdout.readline() == "in\n"
+        running.terminate()
+        assert running.wait(10) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 5
+    while in_lab("63") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not in_lab("63")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        pytest.param(("up", "/no/such.yaml"), 1, "/no/such.yaml: cannot be read", id="no file"),
+        pytest.param(("down", "no-such-lab"), 1, "no lab 'no-such-lab' is running", id="no lab"),
+        pytest.param(("exec", "--lab", "no-such-lab", "a", "--", "true"), 1, "no lab 'no-such-lab'", id="exec, no lab"),
+        pytest.param(("exec", "a"), 2, "Missing argument 'COMMAND", id="exec, no command"),
+        pytest.param(("frobnicate",), 2, "No such command 'frobnicate'", id="no command"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(words: tuple[str, ...], status: int, message: str) -> None:
+    done = run_testbed(*words)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_lab_that_cannot_be_built_is_told_and_not_up(file: Path, name: str) -> None:
+    file.write_text(file.read_text().replace("  a:\n", "  a: {nft: nonsense}\n"))
+    done = run_testbed("up", file)
+    assert done.returncode == 1
+    assert "nft refused the rules of a" in done.stderr
+    assert name not in run_testbed("ls").stdout
+
+
+def test_validate_tells_every_problem(file: Path, tmp_path: Path) -> None:
+    assert run_testbed("validate", file).stdout == f"{file}: {file.read_text().split()[1]}: 2 nodes, 1 links\n"
+    file.write_text("nodes: {A: }\nlinkz: []\n")
+    done = run_testbed("validate", file)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_a_plan_can_be_read_and_parsed(file: Path) -> None:
+    assert "a: address 10.0.0.1/24 on eth0" in run_testbed("plan", file).stdout.splitlines()
+    operations = json.loads(run_testbed("plan", "--json", file).stdout)
+    assert operations[0]["operation"] == "MakeNamespace"
