@@ -71,6 +71,11 @@ class Sockref:
         return self.remote.address == peer.address and self.remote.port in (0, peer.port)
 
     @property
+    def is_one_way(self) -> bool:
+        """Is every datagram for it translated by itself? There are no such streams: of TCP, UNIDIR says nothing."""
+        return self.protocol is Protocol.UDP and self.has(Flag.UNIDIR)
+
+    @property
     def is_spent(self) -> bool:
         """Has it served the one connection that ONCE allows?"""
         return self.flags & (Flag.ONCE | Flag.APPLIED) == Flag.ONCE | Flag.APPLIED
@@ -113,10 +118,6 @@ class SockrefTable:
     def at_foreign(self, protocol: Protocol, foreign: Endpoint) -> list[Sockref]:
         """All sockrefs with a foreign endpoint, oldest first."""
         return list(self._by_foreign.get((protocol, foreign), ()))
-
-    def has_local(self, protocol: Protocol, local: Endpoint) -> bool:
-        """Is there a sockref with a local endpoint?"""
-        return (protocol, local) in self._by_local
 
     def has_foreign(self, protocol: Protocol, foreign: Endpoint) -> bool:
         """Is there a sockref with a foreign endpoint?"""
