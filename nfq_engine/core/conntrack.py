@@ -157,6 +157,8 @@ _SETTLED: Final = frozenset(
 )
 _REPLACEABLE: Final = frozenset({State.TIME_WAIT, State.CLOSE})
 
+_FEW_DEADLINES: Final = 1000  # so many may be stale at any time
+
 _identifiers = itertools.count(1)
 
 
@@ -321,15 +323,18 @@ class ConnectionTable:
         if connection.expires < connection.deadline:
             connection.deadline = connection.expires
             heapq.heappush(self._deadlines, (connection.deadline, connection.identifier))
+            if len(self._deadlines) > 2 * len(self._connections) + _FEW_DEADLINES:
+                self._drop_stale_deadlines()
 
-    def decide_source(self, connection: Connection, final: FlowTuple) -> None:
-        """Set what the connection leaves as, once, when its first packet comes to the source stage."""
+    def decide_source(self, connection: Connection, final: FlowTuple) -> Entry:
+        """Set, once, what a connection leaves as; the entry for the packet that came to the source stage first."""
         self._undecided.pop(connection.inside, None)
         if final != connection.final:
             self._take(connection, Stage.DESTINATION, Direction.REPLY)
             connection.final = final
             self._put(connection, Stage.DESTINATION, Direction.REPLY)
         self._put(connection, Stage.SOURCE, Direction.ORIGINAL)
+        return self.entries[Stage.SOURCE][connection.inside.protocol][connection.inside.key]
 
     def delete(self, connection: Connection) -> None:
         """Forget a connection; its next packet is a new connection's first."""
@@ -356,6 +361,12 @@ class ConnectionTable:
             else:
                 self.schedule(connection)
         return over
+
+    def _drop_stale_deadlines(self) -> None:
+        """Keep each connection's deadline and no other; an established one that was closed leaves one of five days."""
+        watched = self._connections.values()
+        self._deadlines = [(each.deadline, each.identifier) for each in watched if each.deadline < math.inf]
+        heapq.heapify(self._deadlines)
 
     def _put(self, connection: Connection, stage: Stage, direction: Direction) -> None:
         """Make the entry of one stage and way; of a connection to itself, whose ways share a key, the first stays."""

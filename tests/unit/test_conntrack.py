@@ -74,6 +74,19 @@ def test_shorter_timeout_of_a_later_state_counts_from_then() -> None:
     assert table.expired(1010.0) == [connection]
 
 
+def test_deadlines_of_closed_connections_do_not_pile_up() -> None:
+    """An established connection is watched five days ahead; most are closed long before."""
+    table = ConnectionTable()
+    for number in range(5000):
+        connection = connected(table, flow(endpoint("client", number), endpoint("server", 2)))
+        connection.advance(Event.ACK, ORIGINAL)
+        table.schedule(connection)
+        if number % 100:
+            table.delete(connection)
+    assert len(table._deadlines) < 2000
+    assert len(table.expired(1e6)) == len(table) == 50
+
+
 def test_connection_to_itself_is_found_and_deleted() -> None:
     table = ConnectionTable()
     here = endpoint("gateway", 7)
