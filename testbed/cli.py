@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,13 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     """Build a lab and leave it running."""
     topology = load(file)
     sweep()
-    record = registry.up(topology, _directory(topology, directory))
+    logs = _directory(topology, directory)
+    try:
+        record = registry.up(topology, logs)
+    except RegistryError:
+        if directory is None:
+            shutil.rmtree(logs)
+        raise
     if as_json:
         click.echo(json.dumps(_as_values(record)))
     else:
