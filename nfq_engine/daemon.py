@@ -236,10 +236,10 @@ def _read_ruleset(path: Path | None) -> str:
 )
 @click.option(
     "--queue-num",
-    type=click.IntRange(0, 0xFFFF),
+    type=click.IntRange(0, 0xFFFE),
     default=11274,
     show_default=True,
-    help="The NFQUEUE to use.",
+    help="The NFQUEUE to use; the next one is used as well, for large packets.",
 )
 @click.option(
     "--queue-length",
