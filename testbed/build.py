@@ -245,10 +245,12 @@ def _wait_ready(node: str, site: Site) -> None:
     with site.namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as news:
         news.bind((0, _RTMGRP_LINK))
         news.setblocking(False)
+        poll = select.poll()
+        poll.register(news, select.POLLIN)
         while unready := rtnetlink.unready(site.netlink):
             if time.monotonic() > deadline:
                 raise BuildError(f"{node} is not ready after {_PATIENCE:.0f} s: {', '.join(unready)}")
-            select.select([news], [], [], 0.002)  # an address that becomes usable makes no such news: look again soon
+            poll.poll(2)  # milliseconds; an address that becomes usable makes no such news: look again soon
             with contextlib.suppress(BlockingIOError):
                 while news.recv(1 << 16):
                     pass
