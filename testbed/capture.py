@@ -35,8 +35,10 @@ FILE_NAME: Final = "capture.pcapng"
 
 RING_BYTES: Final = 16 << 20
 # Ring memory is taken at once, and many points may share a small machine.
-_ALL_RINGS_BYTES: Final = 256 << 20
+_ALL_RINGS_BYTES: Final = 128 << 20
 _SMALLEST_RING: Final = 1 << 20
+
+_DISORDER_NS: Final = 1_000_000_000
 _THREADS: Final = 32
 
 
@@ -100,9 +102,8 @@ class CaptureSession:
             rings = _open_rings(list(self._points.values()), self._ring_bytes)
             resources.callback(_close_rings, rings)
             self._taps = {label: Tap(label, ring) for label, ring in zip(self._points, rings, strict=True)}
-            for label in self._points:
-                if not self._is_running(label):
-                    raise CaptureError(f"no capture at {label}: the kernel hands it nothing")
+            if idle := self._taps.keys() - self._running(self.points):
+                raise CaptureError(f"no capture at {', '.join(sorted(idle))}: the kernel hands it nothing")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             writer = resources.enter_context(PcapngWriter(self.path, self.points))
             self._reader = CaptureReader(list(self._taps.values()), writer)
@@ -128,8 +129,9 @@ class CaptureSession:
     def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
         """What was read so far, at one point or at all, oldest first; `since` is a mark."""
         frames = self._armed().frames if at is None else self._tap(at).frames
-        # Frames come in the order of time, and lists may grow while they are read.
-        return frames[bisect_left(frames, since, key=attrgetter("time_ns")) :]
+        # They are in the order of time, but for what a busy machine showed too late.
+        begin = bisect_left(frames, since - _DISORDER_NS, key=attrgetter("time_ns"))
+        return [frame for frame in frames[begin:] if frame.time_ns >= since]
 
     def wait(self, amount: int, timeout: float) -> None:
         """Wait until more than `amount` frames were read at all points together, or for `timeout` seconds."""
@@ -149,20 +151,15 @@ class CaptureSession:
 
     def statistics(self) -> dict[str, PointStatistics]:
         """How each point is doing; after `stop`, how it was doing then."""
-        if self._last is not None:
-            return self._last
-        reader = self._armed()
-        return {
-            label: PointStatistics(self._is_running(label), len(tap.frames), reader.counts(tap).dropped)
-            for label, tap in self._taps.items()
-        }
+        return self._last or self._statistics(self.points)
 
     def verify(self, points: Iterable[str] | None = None) -> None:
         """CaptureError unless these points, or all, are armed and lost nothing."""
         self._check_reader()
-        statistics = self.statistics()
+        chosen = self.points if points is None else tuple(points)
+        statistics = self._last or self._statistics(chosen)
         problems = []
-        for at in self.points if points is None else points:
+        for at in chosen:
             self._tap(at)
             if not statistics[at].armed:
                 problems.append(f"{at} is not capturing: the interface is down or gone")
@@ -192,9 +189,20 @@ class CaptureSession:
         if (failure := self._armed().failure) is not None:
             raise CaptureError(f"the capture failed: {failure}") from failure
 
-    def _is_running(self, label: str) -> bool:
-        """Does the kernel say that it hands frames to the point's socket?"""
-        return self._taps[label].ring.inode in set(_running_inodes(self._points[label].namespace))
+    def _statistics(self, points: Sequence[str]) -> dict[str, PointStatistics]:
+        reader = self._armed()
+        taps = {label: self._tap(label) for label in points}
+        running = self._running(points)
+        return {
+            label: PointStatistics(label in running, len(tap.frames), reader.counts(tap).dropped)
+            for label, tap in taps.items()
+        }
+
+    def _running(self, points: Sequence[str]) -> set[str]:
+        """The points whose sockets the kernel hands frames to, as it says itself."""
+        namespaces = {self._points[label].namespace for label in points}
+        inodes = {inode for namespace in namespaces for inode in _running_inodes(namespace)}
+        return {label for label in points if self._taps[label].ring.inode in inodes}
 
     def __enter__(self) -> Self:
         self.start()

@@ -22,11 +22,13 @@ from queue import SimpleQueue
 from typing import Final
 
 from testbed.frames import Frame
-from testbed.packet_ring import RETIRE_MS, PacketRing, RingCounts, frames_in
+from testbed.packet_ring import PacketRing, RingCounts, frames_in
 from testbed.pcapng import PcapngWriter
 
-# Twice the time after which a ring shows what it has.
-_HOLD_MS: Final = 2 * RETIRE_MS
+# More than twice the time after which a ring shows what it has, since timers are late on a busy machine.
+_HOLD_NS: Final = 10_000_000
+# How often to look while frames are held back.
+_PATIENCE_MS: Final = 2
 
 # Time, index of the tap, data, outgoing, half checksum. A tuple, since one is made for each frame.
 _Held = tuple[int, int, bytes, bool, bool]
@@ -44,7 +46,7 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What the rings showed, each block with the index of its tap, when they were looked at from `began` on."""
+    """What the rings showed, each block with the index of its tap, when they were looked at, from `began` on."""
 
     began: int
     blocks: tuple[tuple[int, bytes], ...]
@@ -126,11 +128,13 @@ class CaptureReader:
         poller = select.poll()
         for descriptor in (self._ending, *indices):
             poller.register(descriptor, select.POLLIN)
-        quiet = 2
+        last_block = 0
         while True:
+            # While frames are held back, rounds without blocks tell how far time has come.
+            is_quiet = time.time_ns() - last_block > 2 * _HOLD_NS
+            poller.poll(None if is_quiet else _PATIENCE_MS)
             began = time.time_ns()
-            # After the last block, look twice more: the second time nothing can be left that is as old as the block.
-            events = dict(poller.poll(_HOLD_MS if quiet < 2 else None))
+            events = dict(poller.poll(0))
             if self._ending in events:
                 self._queue.put(_End())
                 return
@@ -140,7 +144,7 @@ class CaptureReader:
                 if event & select.POLLERR:
                     ring.clear_error()
                 blocks += ((indices[descriptor], block) for block in ring.take())
-            quiet = 0 if blocks else quiet + 1
+            last_block = began if blocks else last_block
             self._queue.put(_Round(began, tuple(blocks)))
 
     def _keep(self) -> None:
@@ -158,7 +162,7 @@ class CaptureReader:
         while True:
             match self._queue.get():
                 case _Round(began, blocks):
-                    complete = began - _HOLD_MS * 1_000_000
+                    complete = began - _HOLD_NS
                     for index, block in blocks:
                         self._look_into(index, block, held)
                 case _Request() as request:

@@ -174,6 +174,8 @@ class Watch:
     def _wait(self, look: Callable[[], _Found | None], within: float) -> _Found | None:
         """Look until something is found or time is up; then once more at all that was captured until now."""
         deadline = time.monotonic() + within
+        # What is there already is seen sooner than by waiting for it.
+        self._source.settle()
         while True:
             amount = self._source.total
             if look() is not None or (left := deadline - time.monotonic()) <= 0:

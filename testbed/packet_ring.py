@@ -5,7 +5,7 @@ know capture points, files or frames as values.
 
 Why a ring and not recvmsg: its size needs no privilege beyond opening the socket (a socket buffer of 16 MiB needs
 CAP_NET_ADMIN outside of any user namespace), and a block of hundreds of frames costs one copy, so that the kernel never
-waits for Python. The price: frames become readable when their block is closed, `RETIRE_MS` later at the latest.
+waits for Python. The price: frames become readable when their block is closed, some milliseconds later.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from struct import Struct, pack, pack_into, unpack
 from typing import Final
 
-RETIRE_MS: Final = 4
-
 _SOL_PACKET: Final = 263
 _PACKET_RX_RING: Final = 5
 _PACKET_STATISTICS: Final = 6
@@ -31,6 +29,9 @@ _ETH_P_ALL: Final = 3
 
 _BLOCK: Final = 1 << 18  # holds the largest segment that a device is handed, 64 KiB, with room
 _FRAME: Final = 1 << 11  # V3 does not cut blocks into frames of this size; the kernel only checks that it divides them
+
+# After this time a block is closed though it is not full. Kernels before 6.18 round it up, and may take it twice.
+_RETIRE_MS: Final = 4
 
 _STATUS_USER: Final = 1 << 0
 _STATUS_HALF_CHECKSUM: Final = 1 << 3
@@ -69,7 +70,7 @@ class PacketRing:
         self._arrived = self._dropped = 0
         sock.setsockopt(_SOL_PACKET, _PACKET_VERSION, pack("I", _TPACKET_V3))
         total = self._blocks * _BLOCK
-        _set_option(sock, _PACKET_RX_RING, pack("7I", _BLOCK, self._blocks, _FRAME, total // _FRAME, RETIRE_MS, 0, 0))
+        _set_option(sock, _PACKET_RX_RING, pack("7I", _BLOCK, self._blocks, _FRAME, total // _FRAME, _RETIRE_MS, 0, 0))
         self._memory = mmap.mmap(sock.fileno(), total)
         try:
             sock.bind((interface, _ETH_P_ALL))

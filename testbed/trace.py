@@ -149,7 +149,8 @@ def _continued_by(frame: Frame, siblings: _Siblings) -> _Draft | None:
     while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame)):
         begin += 1
     siblings.begin[place] = begin
-    possible = islice((draft for draft in islice(drafts, begin, None) if _may_continue(draft, frame)), _MOST_COMPARED)
+    later = (drafts[index] for index in range(begin, len(drafts)))
+    possible = islice((draft for draft in later if _may_continue(draft, frame)), _MOST_COMPARED)
     # min keeps the first of equals, and that is the one which began first.
     return min(possible, key=lambda draft: _strangeness(draft, frame), default=None)
 
