@@ -316,7 +316,8 @@ class ConnectionTable:
         self._undecided[connection.inside] = connection
         self._put(connection, Stage.DESTINATION, Direction.ORIGINAL)
         self._put(connection, Stage.DESTINATION, Direction.REPLY)
-        self._put(connection, Stage.SOURCE, Direction.REPLY)
+        if connection.inside != connection.inside.inverse():  # else the original direction will have this place
+            self._put(connection, Stage.SOURCE, Direction.REPLY)
 
     def schedule(self, connection: Connection) -> None:
         """Watch the timeout of a connection: called whenever its state may have changed."""
@@ -326,15 +327,14 @@ class ConnectionTable:
             if len(self._deadlines) > 2 * len(self._connections) + _FEW_DEADLINES:
                 self._drop_stale_deadlines()
 
-    def decide_source(self, connection: Connection, final: FlowTuple) -> Entry:
-        """Set, once, what a connection leaves as; the entry for the packet that came to the source stage first."""
+    def decide_source(self, connection: Connection, final: FlowTuple) -> None:
+        """Set what the connection leaves as, once, when its first packet comes to the source stage."""
         self._undecided.pop(connection.inside, None)
         if final != connection.final:
             self._take(connection, Stage.DESTINATION, Direction.REPLY)
             connection.final = final
             self._put(connection, Stage.DESTINATION, Direction.REPLY)
         self._put(connection, Stage.SOURCE, Direction.ORIGINAL)
-        return self.entries[Stage.SOURCE][connection.inside.protocol][connection.inside.key]
 
     def delete(self, connection: Connection) -> None:
         """Forget a connection; its next packet is a new connection's first."""
@@ -369,7 +369,7 @@ class ConnectionTable:
         heapq.heapify(self._deadlines)
 
     def _put(self, connection: Connection, stage: Stage, direction: Direction) -> None:
-        """Make the entry of one stage and way; of a connection to itself, whose ways share a key, the first stays."""
+        """Make the entry of one stage and way; where both ways share a key, the original one keeps it."""
         flow, becomes = _wire(connection, stage, direction)
         entries = self.entries[stage][flow.protocol]
         if flow.key in entries:

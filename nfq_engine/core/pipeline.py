@@ -157,19 +157,11 @@ class Engine(TproxyTable):
         if stage is Stage.DESTINATION:
             return self._decide_destination(arrival, segment)
         # It came by no hook of ours before, as packets do that were under way when the engine started.
-        connection = Connection(segment.flow, segment.flow, arrival.now)
-        holders = self.connections.holders(segment.flow, segment.flow)
-        if not all(self._displace(holder, segment) for holder in holders):
-            return not_mapped(Taken(is_exhausted=False), segment.flow, segment.flow.destination)
-        self.connections.insert(connection)
-        return self._decide_source(arrival, segment, connection)
-
-    def _displace(self, holder: Connection, segment: Segment) -> bool:
-        """Forget a dead connection that is in the way of a SYN; False when it may not be."""
-        if not (segment.is_syn and holder.is_replaceable):
-            return False
-        self.forget(holder)
-        return True
+        flow, may_displace = segment.flow, segment.is_syn
+        choice = self.allocator.destination(flow, flow.destination, may_displace=may_displace, may_move=False)
+        if isinstance(choice, Taken):
+            return not_mapped(choice, flow, flow.destination)
+        return self._decide_source(arrival, segment, self._enter(flow, choice, arrival.now))
 
     # The destination stage: PREROUTING and OUTPUT.
 
@@ -179,7 +171,7 @@ class Engine(TproxyTable):
         if isinstance(target, Decision):
             return target
         flow, sockref = segment.flow, target.sockref
-        if sockref is not None and sockref.has(Flag.UNIDIR):
+        if sockref is not None and sockref.is_one_way:
             rewrite = Rewrite.between(flow, FlowTuple(flow.protocol, flow.source, target.to))
             return Decision(Verdict.ACCEPT, Reason.UNIDIR, patch_segment(arrival.data, segment, rewrite), True)
         choice = self.allocator.destination(
