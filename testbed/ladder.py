@@ -5,11 +5,9 @@ Owns: the layout. Values in, text with styles out: a terminal shows the colours,
     ms      packet                      client          gateway         gateway         server
                                         eth0            eth0            eth1            eth0
     0.000   → SYN                       ●──────────────▶●┄┄┄┄┄┄┄┄┄┄┄┄┄┄▶①──────────────▶●
-                                                                        ① src 10.0.1.2
-                                                                            →10.0.2.1
+                                                                        ① src 10.0.1.2→10.0.2.1
     0.113   ← SYN ACK                   ●◀──────────────②◀┄┄┄┄┄┄┄┄┄┄┄┄┄┄●◀──────────────●
-                                                        ② dst 10.0.2.1
-                                                            →10.0.1.2
+                                                        ② dst 10.0.2.1→10.0.1.2
     0.131   → ACK ack 1                 ●──────────────▶●┄┄┄┄┄┄┄┄┄┄┄┄┄┄▶①──────────────▶●
 
 On a wire the line is drawn through, inside a node it is dotted. A number is where a packet was not what it was at the
@@ -34,7 +32,7 @@ WIDTH: Final = 140
 
 _TIME: Final = 10
 _PACKET: Final = 28
-_NARROWEST: Final = 15
+_NARROWEST: Final = 13
 
 _FORWARD: Final = "cyan"
 _BACK: Final = "green"
@@ -57,6 +55,12 @@ class _Grid:
     step: int
     numbers: dict[tuple[str, ...], str] = field(default_factory=dict)
 
+    def number(self, notes: tuple[str, ...]) -> str:
+        """The number that stands for these changes from now on."""
+        if len(self.numbers) < len(_NUMBERS):
+            self.numbers.setdefault(notes, _NUMBERS[len(self.numbers)])
+        return self.numbers.get(notes, _UNNUMBERED)
+
     def place(self, point: str) -> int | None:
         """Where a point's column begins; None when it has none."""
         return self.left + self.points.index(point) * self.step if point in self.points else None
@@ -65,7 +69,8 @@ class _Grid:
 def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) -> Text:
     """Draw a connection. `points`: all capture points in the order of their columns; untouched ones are left out.
 
-    With more points than fit into `width` characters, those at which nothing changed are left out too, and it says so.
+    With more points than fit into `width` characters, some are left out too, and it says so: first those at which
+    nothing changed.
     """
     has_legs = len(connection.legs) > 1
     left = _TIME + 2 * has_legs + 2 + _PACKET
@@ -74,7 +79,7 @@ def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) ->
     grid = _Grid(shown, left, (width - left) // max(len(shown), 1))
     lines = [*_title(connection, touched), *_heads(grid)]
     if len(shown) < len(touched):
-        lines.append(Text(f"{len(touched) - len(shown)} points where nothing changed are not shown", _FAINT))
+        lines.append(Text(f"{len(touched) - len(shown)} points are not shown, for want of room", _FAINT))
     start = connection.legs[0].began
     for row in shortened(rows_of(connection)):
         match row:
@@ -104,7 +109,9 @@ def _title(connection: Connection, points: Sequence[str]) -> Iterator[Text]:
     first = connection.legs[0]
     amount = len(connection.journeys)
     legs = f" in {len(connection.legs)} legs" if len(connection.legs) > 1 else ""
-    yield Text(f"{first.protocol} {first.initiator} → {first.responder}: {amount} packets{legs}", "bold")
+    yield Text(
+        f"{first.protocol} {first.initiator} → {first.responder}: {amount} packet{'s' * (amount > 1)}{legs}", "bold"
+    )
     for index, leg in enumerate(connection.legs):
         for names, places in _names(leg, points).items():
             mark = f"{_letter(index)} " if legs else ""
@@ -134,14 +141,14 @@ def _packet_lines(row: Row, grid: _Grid, start: int, has_legs: bool) -> Iterator
     leg = f"{_letter(row.leg)} " if has_legs else ""
     text = f"{row.text}{' again' if row.is_repeated else ''}"
     text = text if len(text) < _PACKET else f"{text[: _PACKET - 2]}…"
-    below = list(_notes_below(row, grid))
+    below = _note_lines(row, grid)  # first, since it gives the numbers that the line shows
     line = Text(f"{milliseconds:{_TIME - 2}.3f}  ", _FAINT)
     line.append(f"{leg}{'→' if row.is_forward else '←'} ".ljust(grid.left - _TIME - _PACKET), style)
     line.append(text.ljust(_PACKET), _BAD if row.is_lost or row.is_repeated else "")
     line.append(_path(row, grid))
     line.rstrip()
     yield line
-    yield from _stacked(below)
+    yield from below
 
 
 def _path(row: Row, grid: _Grid) -> Text:
@@ -171,40 +178,37 @@ def _path(row: Row, grid: _Grid) -> Text:
     return path
 
 
-def _notes_below(row: Row, grid: _Grid) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """What is written below a row: column and lines with their styles. Gives numbers to changes that have none yet."""
+def _note_lines(row: Row, grid: _Grid) -> list[Text]:
+    """What is written below a row, each note as wide as there is room on its right. Numbers changes that are new."""
+    columns = sorted(_notes_below(row, grid), key=lambda column: column[0])
+    lines: list[Text] = []
+    for index, (place, notes, errors) in enumerate(columns):
+        end = columns[index + 1][0] if index + 1 < len(columns) else grid.left + grid.step * len(grid.points)
+        room = end - place - 1
+        marks = chain([f"{grid.number(notes)} "] if notes else [], repeat("  "))
+        changed = [f"{mark}{line}" for mark, line in zip(marks, _wrapped(notes, room - 2), strict=False)]
+        styled = [(line, _CHANGED) for line in changed] + [(line, _BAD) for line in _wrapped(errors, room)]
+        lines += (Text() for _ in range(len(styled) - len(lines)))
+        for line, (words, style) in zip(lines, styled, strict=False):
+            line.append(" " * (place - len(line.plain)))
+            line.append(words, style)
+    return lines
+
+
+def _notes_below(row: Row, grid: _Grid) -> Iterator[tuple[int, tuple[str, ...], list[str]]]:
+    """Column, changes that were not written out before, and errors."""
     for hop in row.journey.hops:
-        place, notes = grid.place(hop.point), tuple(notes_on(hop))
-        lines: list[tuple[str, str]] = []
-        if notes and notes not in grid.numbers:
-            number = dict(enumerate(_NUMBERS)).get(len(grid.numbers))
-            if number is not None:
-                grid.numbers[notes] = number
-            indented = _wrapped_all(notes, grid.step - 3)
-            marks = chain([number or " "], repeat(" "))
-            lines += [(f"{mark} {line}", _CHANGED) for mark, line in zip(marks, indented, strict=False)]
-        lines += [(line, _BAD) for line in _wrapped_all(errors_at(hop), grid.step - 1)]
-        if place is not None and lines:
-            yield place, lines
+        place, notes, errors = grid.place(hop.point), tuple(notes_on(hop)), errors_at(hop)
+        fresh = () if notes in grid.numbers else notes
+        if place is not None and (fresh or errors):
+            yield place, fresh, errors
 
 
-def _stacked(columns: list[tuple[int, list[tuple[str, str]]]]) -> Iterator[Text]:
-    """Put columns of text side by side."""
-    columns = sorted(columns, key=lambda column: column[0])
-    for level in range(max((len(lines) for _, lines in columns), default=0)):
-        line = Text()
-        for place, lines in columns:
-            if level < len(lines):
-                line.append(" " * (place - len(line.plain)))
-                line.append(*lines[level])
-        yield line
+def _wrapped(notes: Iterable[str], width: int) -> list[str]:
+    return [line for note in notes for line in _broken(note, width)]
 
 
-def _wrapped_all(notes: Iterable[str], width: int) -> list[str]:
-    return [line for note in notes for line in _wrapped(note, width)]
-
-
-def _wrapped(note: str, width: int) -> Iterator[str]:
+def _broken(note: str, width: int) -> Iterator[str]:
     """Break a note at its arrow, else at blanks, else anywhere."""
     lead = ""
     for part in note.replace("→", " →", 1).split(" ") if len(note) > width else [note]:

@@ -154,7 +154,7 @@ def test_with_more_points_than_fit_those_without_changes_are_left_out() -> None:
     for number, point in enumerate(points):
         scene.see(point, ip(1 if number < 11 else 3, 2, 64) / UDP(dport=9), outgoing=number % 2 == 0)
     lines = drawing(scene, 120, points).plain.splitlines()
-    assert "15 points where nothing changed are not shown" in lines
+    assert "14 points are not shown, for want of room" in lines
     head = next(line for line in lines if line.lstrip().startswith("ms")).split()
     assert [name for name in ("node0", "node11", "node19") if name in head] == ["node0", "node11", "node19"]
 
