@@ -40,7 +40,6 @@ _CHANGED: Final = "yellow"
 _BAD: Final = "bold red"
 _FAINT: Final = "dim"
 
-
 # For what changed; when they run out, it is written out each time.
 _NUMBERS: Final = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"
 _UNNUMBERED: Final = "◆"
@@ -121,7 +120,8 @@ def _title(connection: Connection, points: Sequence[str]) -> Iterator[Text]:
 def _names(leg: Leg, points: Sequence[str]) -> dict[str, list[str]]:
     """What the ends of a leg are called, and where."""
     names: dict[str, list[str]] = {}
-    for hop in sorted(leg.opening.hops, key=lambda hop: points.index(hop.point)):
+    shown = [hop for hop in leg.opening.hops if hop.point in points]
+    for hop in sorted(shown, key=lambda hop: points.index(hop.point)):
         packet = ip_of(hop.frame)
         names.setdefault(f"{source_of(packet)} → {destination_of(packet)}", []).append(hop.point)
     return names
