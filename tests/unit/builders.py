@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, ICMPv6TimeExceeded, IPv6
 from scapy.packet import Packet, Raw
 
 from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
@@ -15,6 +15,21 @@ ADDRESSES = {
     4: dict(zip(NAMES, ("10.0.0.1", "10.0.0.2", "10.0.1.1", "10.0.1.2", "192.0.2.7"), strict=True)),
     6: dict(zip(NAMES, ("fd00::1", "fd00::2", "fd01::1", "fd01::2", "2001:db8::7"), strict=True)),
 }
+
+ICMP_ERRORS = {
+    4: {
+        "unreachable": ICMP(type=3, code=3),
+        "too-big": ICMP(type=3, code=4, nexthopmtu=1280),
+        "time-exceeded": ICMP(type=11),
+        "redirect": ICMP(type=5, code=1, gw="10.0.0.3"),
+    },
+    6: {
+        "unreachable": ICMPv6DestUnreach(code=4),
+        "too-big": ICMPv6PacketTooBig(mtu=1280),
+        "time-exceeded": ICMPv6TimeExceeded(),
+    },
+}
+EMBEDDED = {4: 28, 6: 1232}  # bytes of the packet in question
 
 
 def endpoint(who: str, port: int, version: int = 4) -> Endpoint:
@@ -45,13 +60,10 @@ def network(source: bytes, destination: bytes, **fields: Any) -> Packet:
     return (IP if len(source) == 4 else IPv6)(src=names[0], dst=names[1], **fields)
 
 
-def icmp_error(about: bytes, source: bytes, destination: bytes, *, too_big: bool = False) -> bytes:
+def icmp_error(about: bytes, source: bytes, destination: bytes, *, kind: str = "unreachable") -> bytes:
     """An ICMP error from `source` to `destination` about a packet."""
-    if len(source) == 4:
-        icmp = ICMP(type=3, code=4 if too_big else 3)
-        return bytes(network(source, destination) / icmp / Raw(about[:28]))
-    icmp6 = ICMPv6PacketTooBig(mtu=1280) if too_big else ICMPv6DestUnreach(code=4)
-    return bytes(network(source, destination) / icmp6 / Raw(about[:1232]))
+    version = about[0] >> 4
+    return bytes(network(source, destination) / ICMP_ERRORS[version][kind] / Raw(about[: EMBEDDED[version]]))
 
 
 def dissect(data: bytes) -> Packet:

@@ -134,7 +134,7 @@ MORE_TO_COME = {
 def test_error_about_a_first_fragment_names_the_flow(version: int) -> None:
     """Path-MTU discovery for large datagrams over IPv6 works by such errors."""
     about = flow(endpoint("client", 4000, version), endpoint("server", 80, version), Protocol.UDP)
-    data = icmp_error(bytes(MORE_TO_COME[version]), about.destination.address, about.source.address, too_big=True)
+    data = icmp_error(bytes(MORE_TO_COME[version]), about.destination.address, about.source.address, kind="too-big")
     parsed = parse(data)
     assert isinstance(parsed, IcmpError)
     assert parsed.flow == about
