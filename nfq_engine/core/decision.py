@@ -38,6 +38,7 @@ class Reason(StrEnum):
     # The packet is dropped.
     RULE_DROP = "rule-drop"  # a DROP rule, or the policy
     MALFORMED = "malformed"  # the header cannot be read
+    ICMP_REDIRECT = "icmp-redirect"  # it would lead packets of a mapped connection past us
     CLASH = "clash"  # the mapping's addresses belong to a living connection
     NO_FREE_PORT = "no-free-port"  # every port of the range is taken
     NO_INTERFACE_ADDRESS = "no-interface-address"  # a TPROXY rule without --on-ip, an interface without an address

@@ -61,7 +61,8 @@ _IPV6_EXTENSIONS: Final = frozenset({0, 43, _IPV6_FRAGMENT, 60, 135})
 _IPV6_OFFSET: Final = 0xFFF8
 
 # ICMP types that carry the packet they complain about (RFC 792; RFC 4443 section 3).
-_ICMP_ERRORS: Final = frozenset({3, 4, 5, 11, 12})
+_ICMP_REDIRECT: Final = 5
+_ICMP_ERRORS: Final = frozenset({3, 4, _ICMP_REDIRECT, 11, 12})
 _ICMPV6_ERRORS: Final = frozenset({1, 2, 3, 4})
 
 
@@ -139,6 +140,7 @@ class IcmpError:
     flow: FlowTuple  # of the embedded packet, as it is written there
     embedded: int  # offset of the embedded IP header
     embedded_transport: int  # offset of the embedded transport header
+    is_redirect: bool = False  # an ICMP redirect: use another gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,4 +338,5 @@ def _parse_icmp(data: bytes, network: _Network, errors: frozenset[int]) -> IcmpE
         flow=_flow(data, embedded),
         embedded=at + ICMP_HEADER,
         embedded_transport=embedded.transport,
+        is_redirect=network.protocol == ICMP and data[at] == _ICMP_REDIRECT,
     )

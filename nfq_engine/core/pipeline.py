@@ -236,10 +236,13 @@ class Engine(TproxyTable):
         """Translate an error about a mapped connection, embedded packet included; it never changes the connection.
 
         The embedded packet went the other way, so it is looked up turned round. As with the kernel's NAT, the outer
-        address that this stage may change becomes that of an answer, even if a router in between sent the error.
+        address that this stage may change becomes that of an answer, even if a router in between sent the error; and a
+        redirect about a mapped connection is dropped.
         """
         stage = Stage.at(arrival.hook)
         entry = self.connections.find(stage, error.flow.inverse())
+        if error.is_redirect and entry is not None and entry.connection.is_mapped:
+            return Decision(Verdict.DROP, Reason.ICMP_REDIRECT, detail=str(error.flow))
         if entry is None or entry.rewrite is None:
             return Decision(Verdict.ACCEPT, Reason.ICMP_PASSED, detail=str(error.flow))
         after = entry.rewrite.flow.inverse()

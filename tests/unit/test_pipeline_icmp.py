@@ -134,3 +134,20 @@ def error(scene: Scene, version: int, which: Error, kind: str) -> bytes:
         endpoint(destination, 0, version).address,
         kind=kind,
     )
+
+
+@pytest.mark.parametrize("protocol", list(Protocol), ids=["tcp", "udp"])
+def test_redirect_about_a_mapped_connection_is_dropped(protocol: Protocol) -> None:
+    """As by the kernel's NAT: the client would send what is for the server past us."""
+    world = Dialogue()
+    scene = redirected_elsewhere(world, 4, protocol)
+    decision = world.put(OUTPUT, error(scene, 4, ("gateway", "client", "inside"), "redirect"))
+    assert (decision.verdict, decision.reason) == (Verdict.DROP, Reason.ICMP_REDIRECT)
+
+
+def test_redirect_about_any_other_connection_passes() -> None:
+    world = Dialogue()
+    of = flow(endpoint("client", 4000), endpoint("server", 8080))
+    world.send(PREROUTING, of)
+    decision = world.put(OUTPUT, error({"asked": of}, 4, ("gateway", "client", "asked"), "redirect"))
+    assert (decision.verdict, decision.reason, decision.payload) == (Verdict.ACCEPT, Reason.ICMP_PASSED, None)
