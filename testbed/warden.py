@@ -26,8 +26,10 @@ Namespace = tuple[int, int]  # device and inode of /proc/PID/ns/net
 class Warden:
     """What one lab may leave behind."""
 
-    def __init__(self, lab: int) -> None:
+    def __init__(self, lab: int, ended: int) -> None:
+        """`lab`: its process. `ended`: a pidfd of that, opened by itself: the right one however late we start."""
         self.lab = lab
+        self.ended = ended
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self.namespaces: set[Namespace] = set()
         self.folders: list[str] = []
@@ -35,13 +37,9 @@ class Warden:
 
     def listen(self) -> None:
         """Take words until the lab closes the pipe or is gone."""
-        try:
-            ended = os.pidfd_open(self.lab)
-        except ProcessLookupError:
-            ended = -1  # gone already: its last words are in the pipe
         words = b""
         while True:
-            readable, _, _ = select.select([0] if ended < 0 else [0, ended], [], [])
+            readable, _, _ = select.select([0, self.ended], [], [])
             if 0 in readable:
                 read = os.read(0, 1 << 16)
                 words += read
@@ -50,7 +48,7 @@ class Warden:
                     self.take(line.decode())
                 if not read:
                     return
-            elif ended in readable:
+            else:
                 return  # a child that the lab forked may hold the pipe open for long
 
     def take(self, line: str) -> None:
@@ -106,10 +104,10 @@ class Warden:
 
 
 def main() -> None:
-    """`warden.py PID`: watch over the lab of that process."""
+    """`warden.py PID PIDFD`: watch over the lab of that process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    warden = Warden(int(sys.argv[1]))
+    warden = Warden(int(sys.argv[1]), int(sys.argv[2]))
     warden.listen()
     warden.clean()
     with contextlib.suppress(BrokenPipeError):

@@ -25,13 +25,18 @@ class WardenHandle:
     """A warden at work for this process."""
 
     def __init__(self) -> None:
-        # A session of its own: a Ctrl-C in the terminal is for the lab.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_SCRIPT), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        own = os.pidfd_open(os.getpid())
+        try:
+            # A session of its own: a Ctrl-C in the terminal is for the lab.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SCRIPT), str(os.getpid()), str(own)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(own,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(own)
 
     def guard(self, namespace: Namespace) -> None:
         """Make it responsible for every process in a namespace."""

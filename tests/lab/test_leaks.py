@@ -82,7 +82,7 @@ class Owner:
                 is_marked = any(
                     mark in line for line in environment.split(b"\0") if line.startswith(MARK.encode() + b"=")
                 )
-                is_warden = command.endswith(b"warden.py\0%d\0" % self.process.pid)
+                is_warden = b"warden.py\0%d\0" % self.process.pid in command
                 if is_marked or is_warden:
                     found.append(f"{process.name} {command!r}")
         return found
