@@ -352,7 +352,7 @@ def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
         console.print(line, markup=False, highlight=False)
     console.rule("checks")
     results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in CHECKS]
-    results.append(report(console, "nothing is left behind", leftovers(before)))
+    results.append(report(console, "nothing is left behind", [*lab.left_over, *leftovers(before)]))
     console.print(f"\ncaptures (pcapng) and logs: {directory}", markup=False, highlight=False)
     return all(results)
 
