@@ -22,6 +22,8 @@ SHORTEST: Final = 8  # bytes of an argument
 _OPERATION: Final = Struct("=I")
 _NUMBER: Final = Struct("=II")
 _ADDRESS_AT: Final = 4
+_IPV6_ARGUMENT: Final = 24
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # what stands before an IPv4 address in IPv6 (RFC 4291 section 2.5.5.2)
 
 
 class Operation(IntEnum):
@@ -59,8 +61,18 @@ def unpack_number(argument: bytes) -> int:
 
 
 def unpack_address(argument: bytes, size: int) -> Endpoint | None:
-    """The address of `size` bytes and the port behind the op; None when the argument is too short."""
-    end = _ADDRESS_AT + size
+    """The address and the port behind the op, for a socket whose own address has `size` bytes (4 or 16).
+
+    None when the argument is too short or the address is of the other family. An IPv4 address may come mapped into
+    IPv6, as programs give it whose IPv6 socket is bound to one.
+    """
+    width = len(_MAPPED) + 4 if len(argument) == _IPV6_ARGUMENT else size
+    end = _ADDRESS_AT + width
     if len(argument) < end + 2:
         return None
-    return Endpoint(argument[_ADDRESS_AT:end], int.from_bytes(argument[end : end + 2], "big"))
+    address = argument[_ADDRESS_AT:end]
+    if width > size and (address.startswith(_MAPPED) or not any(address)):
+        address = address[-size:]
+    if len(address) != size or address.startswith(_MAPPED):
+        return None
+    return Endpoint(address, int.from_bytes(argument[end : end + 2], "big"))

@@ -121,8 +121,9 @@ class SocketApi:
             return errno.EPERM
         if foreign is None or socket.is_connected or socket.local.is_unspecified or not socket.local.port:
             return errno.EINVAL
-        if self._sockrefs.of_socket(socket.cookie) is not None:
-            return errno.EEXIST
+        own = self._sockrefs.of_socket(socket.cookie)
+        if own is not None:
+            return 0 if foreign.is_unspecified and own.has(Flag.MARK_ONLY) else errno.EEXIST
         present = [
             entry for entry in self._sockrefs.at_local(socket.protocol, socket.local) if not entry.has(Flag.ORPHAN)
         ]

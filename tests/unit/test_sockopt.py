@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import endpoint
+from builders import endpoint, flow
+from dialogue import Dialogue
 
+from nfq_engine.core.decision import Reason
 from nfq_engine.core.nat import PortRange
 from nfq_engine.core.option import Operation, pack_address, pack_number, unpack_address, unpack_number
-from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.packet import Endpoint, Hook, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.core.sockref import Flag
@@ -65,7 +67,9 @@ def flags(value: int) -> bytes:
 
 
 FOREIGN = endpoint("client", 4711)
+OTHER = endpoint("server", 9, 6)
 NOBODY = Endpoint(bytes(4), 0)
+MAPPED = Endpoint.of("::ffff:10.0.0.1", 4711)  # FOREIGN, as an IPv6 program writes it
 ANYWHERE = Endpoint.of("0.0.0.0", 5000)
 
 Call = Callable[[World], int]
@@ -78,6 +82,12 @@ REFUSED: list[tuple[str, int, Call]] = [
     ("version far too new", errno.EINVAL, lambda w: w.set(w.socket(), pack_number(Operation.VERSION, 0x02010000))),
     ("assign without privilege", errno.EPERM, lambda w: w.set(w.socket(is_privileged=False), assign(FOREIGN))),
     ("assign cut short", errno.EINVAL, lambda w: w.set(w.socket(), assign(FOREIGN)[:9])),
+    ("assign of the other family", errno.EINVAL, lambda w: w.set(w.socket(), assign(endpoint("client", 4711, 6)))),
+    ("the same over IPv6", errno.EINVAL, lambda w: w.set(w.socket(version=6), assign(FOREIGN))),
+    ("assign of a mapped address over IPv6", errno.EINVAL, lambda w: w.set(w.socket(version=6), assign(MAPPED))),
+    ("assign nobody over a foreign address", errno.EEXIST, lambda w: w.set(w.assigned(), assign(NOBODY))),
+    ("assign over mark-only", errno.EEXIST, lambda w: w.set(w.assigned(NOBODY), assign(FOREIGN))),
+    ("nobody at another's local address", errno.EEXIST, lambda w: (w.assigned(), w.set(w.socket(), assign(NOBODY)))[1]),
     ("assign when connected", errno.EINVAL, lambda w: w.set(w.socket(is_connected=True), assign(FOREIGN))),
     ("assign without a port", errno.EINVAL, lambda w: w.set(w.socket(0), assign(FOREIGN))),
     ("assign when bound to any", errno.EINVAL, lambda w: w.set(replace(w.socket(), local=ANYWHERE), assign(FOREIGN))),
@@ -96,6 +106,12 @@ REFUSED: list[tuple[str, int, Call]] = [
     ("alloc with a port", errno.EINVAL, lambda w: w.set(w.assigned(), pack_number(Operation.ALLOC))),
     ("alloc when none is free", errno.EFAULT, lambda w: w.set(exhausted(w), pack_number(Operation.ALLOC))),
     ("connect without", errno.ENOENT, lambda w: w.set(w.socket(), pack_address(Operation.CONNECT, FOREIGN))),
+    ("connect cut short", errno.EINVAL, lambda w: w.set(w.assigned(), pack_address(Operation.CONNECT, FOREIGN)[:9])),
+    (
+        "connect of the other family",
+        errno.EINVAL,
+        lambda w: w.set(w.assigned(), pack_address(Operation.CONNECT, OTHER)),
+    ),
     ("query by set", errno.ENOPROTOOPT, lambda w: w.set(w.assigned(), pack_number(Operation.QUERY))),
     ("get: argument of 7 bytes", errno.EINVAL, lambda w: error_of(w.api.get(w.socket(), bytes(7)))),
     ("get: query without", errno.ENOENT, lambda w: error_of(w.api.get(w.socket(), pack_number(Operation.QUERY)))),
@@ -216,3 +232,45 @@ def test_reused_foreign_address_of_such_an_entry_is_not_connect_only(other: str)
         assert world.set(holder, pack_address(Operation.CONNECT, endpoint("server", 9))) == 0
     socket = world.assigned(port=5001, has_reuse_address=True)
     assert world.set(socket, flags(Flag.LISTEN)) == 0
+
+
+def test_mapped_address_is_the_ipv4_address_for_a_socket_bound_to_one() -> None:
+    """The socket is of IPv6, but IPv4 is what it speaks."""
+    world = World()
+    socket = world.assigned(MAPPED)
+    assert world.set(socket, pack_address(Operation.CONNECT, Endpoint.of("::ffff:10.0.1.2", 9))) == 0
+    ((_, _, foreign, remote, *_),) = world.snapshot()
+    assert (foreign, remote) == (FOREIGN, endpoint("server", 9))
+    assert world.set(world.socket(5001), assign(Endpoint.of("::", 0))) == 0
+    assert world.snapshot()[1][4] == Flag.MARK_ONLY
+
+
+def test_mark_only_twice_by_one_socket_counts_it_once() -> None:
+    world = World()
+    socket = world.assigned(NOBODY)
+    assert world.set(socket, assign(NOBODY)) == 0
+    assert world.api.closed(socket.cookie) == 0
+    assert world.snapshot() == []
+
+
+REFUSED_FLAGS = [
+    pytest.param(Flag.LISTEN, id="listen-on-connect-only"),
+    pytest.param(Flag.ESTABLISHED, id="established-without-a-remote"),
+    pytest.param(Flag.CONNECT | Flag.LISTEN, id="two-kinds"),
+    pytest.param(Flag.CONNECT | Flag.MARK_ONLY, id="not-for-setting"),
+]
+
+
+@pytest.mark.parametrize("wanted", REFUSED_FLAGS)
+@protocols
+def test_refused_flags_delete_no_connection(wanted: Flag, protocol: Protocol) -> None:
+    world = Dialogue()
+    world.assign(endpoint("gateway", 1), FOREIGN, Flag.CONNECT, protocol)
+    socket = world.assign(endpoint("gateway", 2), FOREIGN, Flag.CONNECT | Flag.ONCE, protocol)
+    of = flow(endpoint("gateway", 2), endpoint("server", 9), protocol)
+    world.send(Hook.OUTPUT, of)
+    world.send(Hook.POSTROUTING, of)
+    before = world.sockref(socket).flags
+    assert world.set(socket, flags(wanted)) == errno.EINVAL
+    assert world.sockref(socket).flags == before
+    assert world.send(Hook.POSTROUTING, of)[0] is Reason.TRANSLATED
