@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from pyroute2 import IPRoute
+
 from testbed import capabilities
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
@@ -65,6 +67,10 @@ class NodeHandle:
     def call(self, function: Callable[[], _Result]) -> _Result:
         """Call a function with this thread inside the namespace."""
         return self.namespace.call(function)
+
+    def route(self) -> IPRoute:
+        """pyroute2 inside the node, for what changes while the lab runs: routes, addresses, links. Close it."""
+        return self.namespace.call(IPRoute)
 
     def run(
         self, command: Sequence[str], *, check: bool = True, timeout: float = _COMMAND_PATIENCE

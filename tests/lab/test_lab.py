@@ -247,3 +247,13 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_links_can_be_changed_while_a_lab_runs() -> None:
+    with lab_of() as lab, lab["a"].route() as route:
+        assert gets_through(lab["a"].namespace, lab["b"].namespace, "10.0.0.2")
+        (index,) = route.link_lookup(ifname="eth0")
+        assert index != route.link_lookup(ifname="lo")[0]
+        route.addr("add", index=index, address="10.9.9.9", prefixlen=32)
+        assert "10.9.9.9" in lab["a"].run(["ip", "-4", "addr", "show", "eth0"]).stdout
+        assert "10.9.9.9" not in lab["b"].run(["ip", "-4", "addr"]).stdout
