@@ -381,6 +381,9 @@ def main() -> int:
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="tproxy-demo-"))
     try:
         return 0 if demonstrate(console, directory, arguments.datapath) else 1
+    except KeyboardInterrupt:
+        console.print("interrupted; the lab is gone")
+        return 130
     except (BuildError, CaptureError, LabError, ServiceError, OSError) as error:
         console.print(f"FAILED: {error}", markup=False, highlight=False, style="red")
         return 2
