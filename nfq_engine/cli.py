@@ -6,6 +6,7 @@ what iptables would be given. Exit codes: 0 done, 1 the engine refused or is not
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from rich.table import Table
 
 from nfq_engine import wire
 from nfq_engine.client import ControlError, Tproxy
+from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
+from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
+from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
 
 _RULES_HELP: Final = """\b
 Rules are given as to iptables, without -t:
@@ -84,6 +88,34 @@ def counters(*, as_json: bool) -> None:
         f"queue: {queue['waiting']} waiting, {queue['dropped_full']} dropped because it was full, "
         f"{queue['dropped_unread']} because they could not be read"
     )
+
+
+@commands.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--recvorigaddrs",
+    is_flag=True,
+    help="Serve IP_RECVORIGADDRS too: recvmsg tells where datagrams were sent. It costs every recvmsg of the program.",
+)
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(program: tuple[str, ...], *, recvorigaddrs: bool) -> None:
+    """Run a program that was written for tproxy, unmodified: tproxyctl run -- PROGRAM ARGS...
+
+    Its setsockopt and getsockopt calls with IP_TPROXY (and SO_ORIGINAL_DST) are answered by the engine; all other calls
+    run at full speed. Without an engine they fail with ENOPROTOOPT, as on a kernel without tproxy. Pid, signals and
+    exit status are the program's; 126 and 127 tell that it cannot be run.
+    """
+    supervision = Supervision(
+        TPROXY_OPTIONS | ORIGINAL_DST_OPTIONS,
+        lambda: EngineHandler(has_receiver=recvorigaddrs),
+        EngineReceiver if recvorigaddrs else None,
+    )
+    try:
+        run_program(program, supervision)
+    except (SeccompError, SupervisorError) as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        click.echo(f"tproxyctl: cannot run {program[0]}: {error.strerror}", err=True)
+        sys.exit(127 if error.errno == errno.ENOENT else 126)
 
 
 def _endpoint(value: dict[str, Any]) -> str:
