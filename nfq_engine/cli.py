@@ -7,10 +7,11 @@ what iptables would be given. Exit codes: 0 done, 1 the engine refused or is not
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import click
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from nfq_engine import wire
 from nfq_engine.client import ControlError, Tproxy
+from nfq_engine.core.packet import Protocol
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
 from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
 from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
@@ -51,9 +53,14 @@ def commands() -> None:
 
 @commands.command()
 @_as_json
-def sockrefs(*, as_json: bool) -> None:
+@click.option("--proc", is_flag=True, help="In the layout of /proc/net/tproxy.")
+def sockrefs(*, as_json: bool, proc: bool) -> None:
     """The sockets that own a foreign address."""
     entries = ask({"call": "sockrefs"})["sockrefs"]
+    if proc:
+        for entry in entries:
+            click.echo(_proc_line(entry))
+        return
     _show(entries, as_json, ("protocol", "foreign", "local", "remote", "flags", "related", "sockets"), _sockref_row)
 
 
@@ -90,6 +97,25 @@ def counters(*, as_json: bool) -> None:
     )
 
 
+@commands.command()
+@click.option("-c", "--counters", is_flag=True, help="With packet and byte counts.")
+def save(*, counters: bool) -> None:
+    """Print the tproxy table as iptables-save text."""
+    click.echo(ask({"call": "save", "counters": counters})["text"], nl=False)
+
+
+@commands.command()
+@click.argument("file", type=click.File(), default="-")
+@click.option("-c", "--counters", is_flag=True, help="Take the counts of the text over.")
+@click.option("-n", "--noflush", is_flag=True, help="Add to the table instead of replacing it.")
+@click.option("-t", "--test", is_flag=True, help="Check the text, and change nothing.")
+def restore(file: TextIO, *, counters: bool, noflush: bool, test: bool) -> None:
+    """Replace the tproxy table by iptables-save text, from FILE or standard input: all of it, or nothing."""
+    request = {"call": "restore", "text": file.read(), "counters": counters, "noflush": noflush, "test": test}
+    for line in ask(request)["output"]:
+        click.echo(line)
+
+
 @commands.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "--recvorigaddrs",
@@ -116,6 +142,16 @@ def run(program: tuple[str, ...], *, recvorigaddrs: bool) -> None:
     except OSError as error:
         click.echo(f"tproxyctl: cannot run {program[0]}: {error.strerror}", err=True)
         sys.exit(127 if error.errno == errno.ENOENT else 126)
+
+
+def _proc_line(entry: dict[str, Any]) -> str:
+    """A sockref as /proc/net/tproxy had it: protocol, ends as hex:hex, flags, related and sockets, time hashed."""
+    ends = " ".join(
+        f"{ipaddress.ip_address(entry[end]['address']).packed.hex()}:{entry[end]['port']:04x}"
+        for end in ("foreign", "local", "remote")
+    )
+    number = Protocol[entry["protocol"].upper()].value
+    return f"{number:02x} {ends} {entry['flags_value']:08x} {entry['related']} {entry['sockets']} {entry['hashed']:.0f}"
 
 
 def _endpoint(value: dict[str, Any]) -> str:

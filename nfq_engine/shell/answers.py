@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from nfq_engine import wire
 from nfq_engine.core.packet import FlowTuple, Protocol
-from nfq_engine.core.rule_text import RuleError, parse_command
+from nfq_engine.core.rule_text import RuleError, parse_command, restore, save
 from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
@@ -93,6 +93,18 @@ class Answers:
             raise TypeError("arguments is a list of strings")
         return {"output": self._table.ruleset.apply(parse_command(arguments))}
 
+    def _save(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
+        _require_privilege(caller)
+        return {"text": save(self._table.ruleset, counters=request.get("counters") is True)}
+
+    def _restore(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
+        _require_privilege(caller)
+        text = request["text"]
+        if not isinstance(text, str):
+            raise TypeError("text is a string")
+        options = {name: request.get(name) is True for name in ("counters", "noflush", "test")}
+        return {"output": restore(text, self._table.ruleset, **options)}
+
     # Looking inside.
 
     def _sockrefs(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
@@ -123,6 +135,8 @@ _CALLS: dict[str, _Handler] = {
     "getsockopt": Answers._getsockopt,
     "original-destination": Answers._original_destination,
     "rules": Answers._rules,
+    "save": Answers._save,
+    "restore": Answers._restore,
     "sockrefs": Answers._sockrefs,
     "connections": Answers._connections,
     "counters": Answers._counters,
