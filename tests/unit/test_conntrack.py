@@ -7,32 +7,74 @@ from builders import endpoint, flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfq_engine.core.conntrack import TIMEOUTS, Connection, ConnectionTable, Direction, Event, Stage, State
-from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
+from nfq_engine.core.conntrack import (
+    TIMEOUTS,
+    TRANSITIONS,
+    Connection,
+    ConnectionTable,
+    Direction,
+    Event,
+    Stage,
+    State,
+    event_of,
+)
+from nfq_engine.core.packet import TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Endpoint, FlowTuple, Protocol
 
 ORIGINAL, REPLY = Direction.ORIGINAL, Direction.REPLY
 OPEN = [(Event.SYN, ORIGINAL), (Event.SYN_ACK, REPLY), (Event.ACK, ORIGINAL)]
 
+CLOSE_1, CLOSE_2 = (Event.FIN, ORIGINAL), (Event.FIN, REPLY)
+CROSSED = [OPEN[0], (Event.SYN, REPLY)]
+
+# What both sides say, and the state that it ends in.
 DIALOGUES = {
+    # Opening.
     "first syn": (OPEN[:1], State.SYN_SENT),
     "answered": (OPEN[:2], State.SYN_RECV),
     "open": (OPEN, State.ESTABLISHED),
     "syn repeated": ([OPEN[0], *OPEN], State.ESTABLISHED),
-    "both at once": ([OPEN[0], (Event.SYN, REPLY), (Event.SYN_ACK, ORIGINAL), OPEN[2]], State.ESTABLISHED),
-    "closing": ([*OPEN, (Event.FIN, ORIGINAL)], State.FIN_WAIT),
-    "half closed": ([*OPEN, (Event.FIN, ORIGINAL), (Event.ACK, REPLY)], State.CLOSE_WAIT),
-    "closed by both": (
-        [*OPEN, (Event.FIN, ORIGINAL), (Event.ACK, REPLY), (Event.FIN, REPLY), (Event.ACK, ORIGINAL)],
-        State.TIME_WAIT,
-    ),
-    "closed by the other side first": (
-        [*OPEN, (Event.FIN, REPLY), (Event.ACK, ORIGINAL), (Event.FIN, ORIGINAL), (Event.ACK, REPLY)],
-        State.TIME_WAIT,
-    ),
-    "closed at once": ([*OPEN, (Event.FIN, ORIGINAL), (Event.FIN, REPLY), (Event.ACK, ORIGINAL)], State.TIME_WAIT),
-    "refused": ([OPEN[0], (Event.RST, REPLY)], State.CLOSE),
-    "reset": ([*OPEN, (Event.RST, ORIGINAL)], State.CLOSE),
+    "answer repeated": ([*OPEN[:2], OPEN[1], OPEN[2]], State.ESTABLISHED),
+    "answer repeated too late": ([*OPEN, OPEN[1]], State.ESTABLISHED),
+    "an old connection's ack before the answer": ([OPEN[0], (Event.ACK, REPLY)], State.SYN_SENT),
+    "server speaks first": ([*OPEN[:2], (Event.ACK, REPLY)], State.SYN_RECV),
+    "both at once": (CROSSED, State.SYN_SENT2),
+    "both at once, answered": ([*CROSSED, (Event.SYN_ACK, ORIGINAL), OPEN[2]], State.ESTABLISHED),
+    "both at once, answered by the other": ([*CROSSED, OPEN[1], OPEN[2]], State.ESTABLISHED),
     "picked up in the middle": ([(Event.ACK, ORIGINAL)], State.ESTABLISHED),
+    # Closing.
+    "closed before it was open": ([*OPEN[:2], CLOSE_1], State.FIN_WAIT),
+    "closed by the server before it was open": ([*OPEN[:2], CLOSE_2], State.FIN_WAIT),
+    "closing": ([*OPEN, CLOSE_1], State.FIN_WAIT),
+    "closing, server first": ([*OPEN, CLOSE_2], State.FIN_WAIT),
+    "half closed": ([*OPEN, CLOSE_1, (Event.ACK, REPLY)], State.CLOSE_WAIT),
+    "half closed, more data": (
+        [*OPEN, CLOSE_1, (Event.ACK, REPLY), *[(Event.ACK, way) for way in Direction]],
+        State.CLOSE_WAIT,
+    ),
+    "closed by both": ([*OPEN, CLOSE_1, (Event.ACK, REPLY), CLOSE_2], State.LAST_ACK),
+    "closed by both, acknowledged": ([*OPEN, CLOSE_1, (Event.ACK, REPLY), CLOSE_2, OPEN[2]], State.TIME_WAIT),
+    "closed by both, server first": ([*OPEN, CLOSE_2, OPEN[2], CLOSE_1, (Event.ACK, REPLY)], State.TIME_WAIT),
+    "closed at once": ([*OPEN, CLOSE_1, CLOSE_2, (Event.ACK, ORIGINAL)], State.TIME_WAIT),
+    "closed at once, server first": ([*OPEN, CLOSE_2, CLOSE_1], State.LAST_ACK),
+    "fin repeated": ([*OPEN, CLOSE_1, CLOSE_2, OPEN[2], CLOSE_2], State.TIME_WAIT),
+    "syn in time-wait": ([*OPEN, CLOSE_1, CLOSE_2, *OPEN[2:], OPEN[0]], State.TIME_WAIT),  # the pipeline replaces it
+    # Resets, by either side.
+    **{
+        f"{name}, reset by {way.name.lower()}": ([*events, (Event.RST, way)], State.CLOSE)
+        for way in Direction
+        for name, events in {
+            "syn": OPEN[:1],
+            "both at once": CROSSED,
+            "answered": OPEN[:2],
+            "open": OPEN,
+            "closing": [*OPEN, CLOSE_1],
+            "half closed": [*OPEN, CLOSE_1, (Event.ACK, REPLY)],
+            "last ack": [*OPEN, CLOSE_1, CLOSE_2],
+            "time-wait": [*OPEN, CLOSE_1, CLOSE_2, OPEN[2]],
+        }.items()
+    },
+    "data after a reset": ([OPEN[0], (Event.RST, REPLY), OPEN[2]], State.CLOSE),
+    # Datagrams.
     "one-way datagrams": ([(Event.DATAGRAM, ORIGINAL)] * 3, State.UNREPLIED),
     "answered datagram": ([(Event.DATAGRAM, ORIGINAL), (Event.DATAGRAM, REPLY)], State.ASSURED),
 }
@@ -52,12 +94,66 @@ def test_states(events: list[tuple[Event, Direction]], expected: State) -> None:
     assert connection.state is expected
 
 
+def test_every_transition_is_in_a_dialogue() -> None:
+    said = set()
+    for events, _ in DIALOGUES.values():
+        state = State.NONE
+        for event, direction in events:
+            said.add((state, event, direction))
+            state = TRANSITIONS.get((state, event, direction), state)
+    assert set(TRANSITIONS) <= said
+
+
+FLAGS = [
+    pytest.param(TCP_SYN, Event.SYN, id="syn"),
+    pytest.param(TCP_SYN | TCP_ACK, Event.SYN_ACK, id="syn-ack"),
+    pytest.param(TCP_ACK, Event.ACK, id="ack"),
+    pytest.param(TCP_FIN | TCP_ACK, Event.FIN, id="fin-ack"),
+    pytest.param(TCP_RST, Event.RST, id="rst"),
+    pytest.param(TCP_RST | TCP_ACK, Event.RST, id="rst-ack"),
+    pytest.param(TCP_SYN | TCP_ACK | 0xC8, Event.SYN_ACK, id="push-and-congestion-bits-say-nothing"),
+]
+
+
+@pytest.mark.parametrize(("flags", "event"), FLAGS)
+def test_what_flags_mean(flags: int, event: Event) -> None:
+    assert event_of(Protocol.TCP, flags) is event
+    assert event_of(Protocol.UDP, flags) is Event.DATAGRAM
+
+
 def endpoint_flow() -> FlowTuple:
     return flow(endpoint("client", 1), endpoint("gateway", 2))
 
 
 def test_every_state_has_a_timeout() -> None:
     assert set(TIMEOUTS) == set(State) - {State.NONE}
+
+
+# The kernel's defaults, in seconds.
+IDLE = {
+    "first syn": 120,
+    "both at once": 120,
+    "answered": 60,
+    "open": 5 * 24 * 3600,
+    "closing": 120,
+    "half closed": 60,
+    "closed by both": 30,
+    "closed by both, acknowledged": 120,
+    "open, reset by reply": 10,
+    "one-way datagrams": 30,
+    "answered datagram": 120,
+}
+
+
+@pytest.mark.parametrize(("name", "seconds"), IDLE.items(), ids=IDLE.keys())
+def test_idle_connection_is_over_after(name: str, seconds: float) -> None:
+    table = ConnectionTable()
+    connection = connected(table, flow(endpoint("client", 1), endpoint("server", 2)))
+    for event, direction in DIALOGUES[name][0]:
+        connection.advance(event, direction)
+        table.schedule(connection)
+    assert table.expired(seconds - 0.1) == []
+    assert table.expired(seconds) == [connection]
 
 
 def test_shorter_timeout_of_a_later_state_counts_from_then() -> None:
