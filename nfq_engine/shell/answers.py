@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from nfq_engine import wire
+from nfq_engine.core.option import SHORTEST, Operation, unpack_operation
 from nfq_engine.core.packet import FlowTuple, Protocol
 from nfq_engine.core.rule_text import RuleError, parse_command, restore, save
 from nfq_engine.core.sockopt import Socket, SocketApi
@@ -55,20 +56,24 @@ class Answers:
 
     def _setsockopt(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
         argument = bytes.fromhex(request["argument"])
-        code = self.socket_api.set(self._socket(caller, request, descriptor), argument, time.monotonic())
+        code = self.socket_api.set(self._socket(caller, request, descriptor, argument), argument, time.monotonic())
         return {"errno": code}
 
     def _getsockopt(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
         argument = bytes.fromhex(request["argument"])
-        result = self.socket_api.get(self._socket(caller, request, descriptor), argument)
+        result = self.socket_api.get(self._socket(caller, request, descriptor, argument), argument)
         return {"errno": result} if isinstance(result, int) else {"value": result.hex()}
 
-    def _socket(self, caller: Caller, request: wire.Message, descriptor: int | None) -> Socket:
-        """The calling socket; privileged if the caller is, and so is the process on whose behalf it calls."""
+    def _socket(self, caller: Caller, request: wire.Message, descriptor: int | None, argument: bytes) -> Socket:
+        """The calling socket; privileged if the caller is, and so is the process on whose behalf it calls.
+
+        Only ASSIGN asks for privileges, and only then are they looked up: that takes most of the time of a call.
+        """
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         pids = {caller.pid, int(request.get("pid", caller.pid))}
-        is_privileged = all(sockets.may_administer(pid) for pid in pids)
+        is_assign = len(argument) >= SHORTEST and unpack_operation(argument) == Operation.ASSIGN
+        is_privileged = is_assign and all(sockets.may_administer(pid) for pid in pids)
         return sockets.describe(descriptor, self._namespace, is_privileged=is_privileged)
 
     def _original_destination(self, _caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
