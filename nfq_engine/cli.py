@@ -11,7 +11,7 @@ import ipaddress
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, Final, TextIO
+from typing import Any, BinaryIO, Final
 
 import click
 from rich.console import Console
@@ -105,13 +105,17 @@ def save(*, counters: bool) -> None:
 
 
 @commands.command()
-@click.argument("file", type=click.File(), default="-")
+@click.argument("file", type=click.File("rb"), default="-")
 @click.option("-c", "--counters", is_flag=True, help="Take the counts of the text over.")
 @click.option("-n", "--noflush", is_flag=True, help="Add to the table instead of replacing it.")
 @click.option("-t", "--test", is_flag=True, help="Check the text, and change nothing.")
-def restore(file: TextIO, *, counters: bool, noflush: bool, test: bool) -> None:
+def restore(file: BinaryIO, *, counters: bool, noflush: bool, test: bool) -> None:
     """Replace the tproxy table by iptables-save text, from FILE or standard input: all of it, or nothing."""
-    request = {"call": "restore", "text": file.read(), "counters": counters, "noflush": noflush, "test": test}
+    try:
+        text = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"the ruleset is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    request = {"call": "restore", "text": text, "counters": counters, "noflush": noflush, "test": test}
     for line in ask(request)["output"]:
         click.echo(line)
 

@@ -67,7 +67,7 @@ class Answers:
     def _socket(self, caller: Caller, request: wire.Message, descriptor: int | None, argument: bytes) -> Socket:
         """The calling socket; privileged if the caller is, and so is the process on whose behalf it calls.
 
-        Only ASSIGN asks for privileges, and only then are they looked up: that takes most of the time of a call.
+        Only ASSIGN asks for privileges, and only then are they looked up.
         """
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

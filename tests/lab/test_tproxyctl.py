@@ -71,6 +71,16 @@ def test_restore_is_all_or_nothing(lab: Lab, tmp_path: Path) -> None:
     assert ctl(lab, "-S") == before
 
 
+def test_text_that_is_no_text_is_refused_without_a_traceback(lab: Lab, tmp_path: Path) -> None:
+    before = ctl(lab, "-S")
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\xff\xfe*tproxy\n")
+    told = ctl(lab, "restore", str(bad), status=1)
+    assert "UTF-8" in told
+    assert "Traceback" not in told
+    assert ctl(lab, "-S") == before
+
+
 def test_sockrefs_as_proc_had_them(lab: Lab) -> None:
     host = lab["host"]
     with host.call(Tproxy) as tproxy, host.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
