@@ -15,7 +15,7 @@ The table of tproxy.md section 2 says which sockrefs count at which hook.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import assert_never
 
 from nfq_engine.core.conntrack import (
     PACKET,
@@ -32,7 +32,6 @@ from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.hotpath import HotPath
 from nfq_engine.core.nat import Allocator, Choice, PortRange, Taken
 from nfq_engine.core.packet import (
-    Endpoint,
     FlowTuple,
     Hook,
     IcmpError,
@@ -47,8 +46,6 @@ from nfq_engine.core.surroundings import Chance, Interfaces
 from nfq_engine.core.tproxy_table import LOOPBACK, Arrival, Deletion, TproxyTable, not_mapped
 
 __all__ = ["Arrival", "Engine"]
-
-_ANY_PORT: Final = 0
 
 
 class Engine(TproxyTable):
@@ -206,25 +203,23 @@ class Engine(TproxyTable):
         """Complete a connection: with the foreign address of the sockref that its source belongs to, or its own."""
         inside = connection.inside
         sockref = self.source_sockref(inside)
-        is_foreign = sockref is not None and not sockref.has(Flag.MARK_ONLY)
-        foreign = sockref.foreign if sockref is not None and is_foreign else inside.source
-        choice = self.allocator.source(connection, foreign, may_displace=segment.is_syn)
-        if isinstance(choice, Taken) and not is_foreign:
-            own = Endpoint(foreign.address, _ANY_PORT)
-            choice = self.allocator.source(connection, own, may_displace=segment.is_syn)
-        if isinstance(choice, Taken):
-            self.forget(connection)
-            return not_mapped(choice, inside, foreign)
-        for displaced in choice.displaced:
-            self.forget(displaced)
-        self.connections.decide_source(connection, choice.flow)
-        reason = Reason.ESTABLISHED
+        final, reason = inside, Reason.ESTABLISHED
+        if sockref is not None and sockref.has(Flag.MARK_ONLY):
+            reason = Reason.MARK_ONLY
+        elif sockref is not None:
+            choice = self.allocator.source(connection, sockref.foreign, may_displace=segment.is_syn)
+            if isinstance(choice, Taken):
+                self.forget(connection)
+                return not_mapped(choice, inside, sockref.foreign)
+            for displaced in choice.displaced:
+                self.forget(displaced)
+            final, reason = choice.flow, Reason.SOCKREF
+            if not sockref.foreign.port:
+                self.sockrefs.set_foreign(sockref, final.source)
+        self.connections.decide_source(connection, final)
         if sockref is not None:
-            reason = Reason.SOCKREF if is_foreign else Reason.MARK_ONLY
             connection.is_marked = True
             self.relate(sockref, connection)
-            if is_foreign and not foreign.port:
-                self.sockrefs.set_foreign(sockref, choice.flow.source)
         self.on_complete(connection)
         entry = connection.entries[Stage.SOURCE, Direction.ORIGINAL]
         self._account(entry, arrival, segment, Stage.SOURCE)

@@ -217,6 +217,10 @@ def test_each_wire_tuple_is_one_connections_and_nothing_stays_behind(
                 table.decide_source(living[-1], final)
         assert len(table) == len(living)
         for connection in living:
+            for way in (connection.original, connection.reply):
+                found = table.find(Stage.DESTINATION, way)
+                assert found is not None
+                assert found.connection is connection
             for (stage, _), entry in connection.entries.items():
                 assert entry.connection is connection
                 assert entry in table.entries[stage][connection.original.protocol].values()

@@ -172,6 +172,7 @@ def check(engine: Engine) -> None:
             assert found is not None
             assert found.connection is connection
         assert all(connection in sockref.related for sockref in connection.sockrefs)
+        assert len(connection.sockrefs) == len(set(connection.sockrefs))
     assert {id(each) for each in table._undecided.values()} <= {id(each) for each in connections}
     for sockref in sockrefs:
         assert sockref.cookies or sockref.related, "an entry of nobody"

@@ -86,6 +86,14 @@ MALFORMED = [
     pytest.param(
         bytes(IPv6(nh=60) / Raw(b"\x06\xff" + b"\0" * 6)), Malformation.SHORT_EXTENSION_HEADER, id="extension-too-long"
     ),
+    pytest.param(
+        bytes(IPv6(nh=60) / Raw(b"\x3b\x01" + b"\0" * 6)),
+        Malformation.SHORT_EXTENSION_HEADER,
+        id="extension-beyond-the-end",
+    ),
+    pytest.param(
+        bytes(IP(proto=1) / Raw(b"\3\3" + b"\0" * 6 + TCP6)), Malformation.SHORT_ICMP_ERROR, id="icmp-about-ipv6"
+    ),
     pytest.param(bytes(IP(proto=1) / Raw(b"\3\3")), Malformation.SHORT_ICMP_ERROR, id="icmp-cut"),
     pytest.param(unreachable(b"\0" * 4), Malformation.SHORT_ICMP_ERROR, id="icmp-about-nothing"),
     pytest.param(

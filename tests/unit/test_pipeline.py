@@ -340,7 +340,8 @@ def test_connection_first_seen_at_postrouting_is_mapped_there(world: Dialogue, v
     world.assign(local, foreign, Flag.CONNECT)
     inside = flow(local, endpoint("server", 8080, version))
     wire = flow(foreign, inside.destination)
-    assert world.send(Hook.POSTROUTING, inside) == (Reason.SOCKREF, wire)
+    decision = world.put(Hook.POSTROUTING, packet(inside))
+    assert (decision.reason, decision.payload, decision.is_marked) == (Reason.SOCKREF, packet(wire), True)
     assert world.send(Hook.PREROUTING, wire.inverse(), "SA") == (Reason.TRANSLATED, inside.inverse())
 
 
@@ -355,3 +356,29 @@ def test_packet_that_came_cut_is_never_rewritten(world: Dialogue, port: int, ver
     asked = flow(endpoint("client", 4000), endpoint("server", port), Protocol.UDP)
     decision = world.put(Hook.PREROUTING, packet(asked), is_cut=True)
     assert (decision.verdict, decision.reason, decision.payload) == (verdict, reason, None)
+
+
+def test_datagram_from_port_0_stays_from_port_0(world: Dialogue) -> None:
+    """Somebody else's sockref has that address, and its port is not chosen yet."""
+    world.assign(endpoint("outside", 5000), endpoint("client", 0), Flag.CONNECT, Protocol.UDP)
+    of = flow(endpoint("client", 0), endpoint("server", 8080), Protocol.UDP)
+    assert world.send(Hook.PREROUTING, of) == (Reason.NO_MAPPING, of)
+    assert world.send(Hook.POSTROUTING, of) == (Reason.ESTABLISHED, of)
+
+
+def test_second_connection_from_one_port_that_cannot_be_moved_back_is_dropped(world: Dialogue) -> None:
+    """At OUTPUT only answers by lo are sure to come by POSTROUTING."""
+    world.rule("-I OUTPUT -p tcp --dport 80 -j TPROXY --on-port 50080 --on-ip 10.0.0.2")
+    first, second = (flow(endpoint("outside", 4000), endpoint(who, 80)) for who in ("server", "foreign"))
+    assert world.send(Hook.OUTPUT, first)[0] is Reason.REDIRECT
+    assert world.refused(Hook.OUTPUT, second) is Reason.CLASH
+
+
+def test_state_follows_a_forwarded_packet_once(world: Dialogue) -> None:
+    of = flow(endpoint("client", 4000), endpoint("server", 8080))
+    for way, flags in ((of, "S"), (of.inverse(), "SA"), (of, "A"), (of, "FA")):
+        for hook in (Hook.PREROUTING, Hook.POSTROUTING):
+            world.send(hook, way, flags)
+    (connection,) = world.engine.connections
+    assert connection.state is State.FIN_WAIT
+    assert [connection.traffic(way)[0] for way in Direction] == [3, 1]

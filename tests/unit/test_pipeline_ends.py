@@ -142,6 +142,19 @@ def test_listener_is_replaced_while_its_orphan_lives() -> None:
     assert world.engine.sockrefs.at_local(Protocol.TCP, LOCAL) == [world.sockref(new)]
 
 
+def test_orphan_of_both_ways_serves_neither() -> None:
+    world = Dialogue()
+    peer = endpoint("client", 4000)
+    socket = world.assign(LOCAL, FOREIGN, Flag.ESTABLISHED, remote=endpoint("client", 0))
+    world.send(Hook.PREROUTING, flow(peer, FOREIGN))
+    world.close(socket)
+    assert len(world.engine.sockrefs) == 1
+    new = endpoint("client", 4001)
+    assert world.send(Hook.PREROUTING, flow(new, FOREIGN))[0] is Reason.NO_MAPPING
+    world.send(Hook.OUTPUT, flow(LOCAL, new))
+    assert world.send(Hook.POSTROUTING, flow(LOCAL, new))[0] is Reason.ESTABLISHED
+
+
 def test_orphan_goes_when_its_last_connection_is_replaced() -> None:
     world = Dialogue()
     socket = world.assign(LOCAL, FOREIGN, Flag.LISTEN)

@@ -6,10 +6,10 @@ import pytest
 from builders import dissect, endpoint, flow, icmp_error, layers, packet, with_right_checksums
 from hypothesis import given
 from hypothesis import strategies as st
-from scapy.layers.inet import IP, UDP, IPOption_NOP
+from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt
 
-from nfq_engine.core.conntrack import Connection, ConnectionTable, Direction, Event
+from nfq_engine.core.conntrack import Connection, ConnectionTable, Direction, Event, Stage
 from nfq_engine.core.hotpath import HotPath
 from nfq_engine.core.packet import Endpoint, FlowTuple, IcmpError, Protocol, Segment, parse
 from nfq_engine.core.rewrite import Rewrite, ones_complement_sum, patch_icmp_error, patch_segment, updated_checksum
@@ -50,15 +50,18 @@ def test_any_rewrite_has_right_checksums_and_a_way_back(flows: tuple[FlowTuple, 
 @given(rewrites(), st.binary(max_size=40))
 def test_hot_path_gives_the_same_bytes(flows: tuple[FlowTuple, FlowTuple], payload: bytes) -> None:
     before, after = flows
+    data = packet(before, flags="PA", payload=payload)
+    if before not in (after, after.inverse()):
+        assert by_hot_path(data, before, after) == patched(data, before, after)
+
+
+def by_hot_path(data: bytes, before: FlowTuple, after: FlowTuple) -> bytes | None:
+    """What the hot path makes of a packet whose connection is rewritten so."""
     table = ConnectionTable()
     connection = Connection(before, after, 0.0)
     table.insert(connection)
     connection.advance(Event.ACK if before.protocol is Protocol.TCP else Event.DATAGRAM, Direction.ORIGINAL)
-    data = packet(before, flags="PA", payload=payload)
-    if before in (after, after.inverse()):
-        return
-    assert HotPath(table).translate(0, data, 1.0) == patched(data, before, after)
-    assert connection.traffic(Direction.ORIGINAL) == (1, len(data))
+    return HotPath(table).translate(Stage.DESTINATION, data, 1.0)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -89,13 +92,18 @@ def test_udp_checksum_of_zero_stays_zero() -> None:
     assert dissect(result)[UDP].chksum == 0
 
 
-def test_udp_checksum_that_becomes_zero_is_sent_as_all_ones() -> None:
-    before = flow(endpoint("client", 4000), endpoint("server", 80), Protocol.UDP)
-    data = packet(before)
-    checksum = dissect(data)[UDP].chksum
-    after = FlowTuple(Protocol.UDP, before.source, Endpoint(before.destination.address, (80 + checksum) % 0xFFFF))
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(("protocol", "expected"), [(Protocol.UDP, 0xFFFF), (Protocol.TCP, 0)], ids=["udp", "tcp"])
+def test_checksum_that_becomes_zero(version: int, protocol: Protocol, expected: int) -> None:
+    """Of UDP it is sent as all ones, as 0 would mean that there is none; on both paths."""
+    before = flow(endpoint("client", 4000, version), endpoint("server", 80, version), protocol)
+    data = packet(before, flags="A")
+    layer = UDP if protocol is Protocol.UDP else TCP
+    port = (80 + dissect(data)[layer].chksum) % 0xFFFF
+    after = FlowTuple(protocol, before.source, Endpoint(before.destination.address, port))
     result = patched(data, before, after)
-    assert dissect(result)[UDP].chksum == 0xFFFF
+    assert dissect(result)[layer].chksum == expected
+    assert by_hot_path(data, before, after) == result
 
 
 def test_wrong_checksum_stays_wrong() -> None:
