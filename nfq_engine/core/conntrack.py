@@ -294,21 +294,18 @@ class ConnectionTable:
         return self._undecided.get(inside)
 
     def holders(self, original: FlowTuple, inside: FlowTuple) -> list[Connection]:
-        """The connections in the way of a new one with these tuples (and `final` equal to `inside`)."""
+        """The connections in the way of a new one with these tuples (and `final` equal to `inside`).
+
+        Another one with the same `inside` is found by its answers while its source stage is undecided, by its own
+        packets afterwards.
+        """
         at_destination = self.entries[Stage.DESTINATION][original.protocol]
-        at_source = self.entries[Stage.SOURCE][original.protocol]
-        back = inside.inverse().key
         found = (
             at_destination.get(original.key),
-            at_destination.get(back),
-            at_source.get(inside.key),
-            at_source.get(back),
+            at_destination.get(inside.inverse().key),
+            self.entries[Stage.SOURCE][original.protocol].get(inside.key),
         )
-        holders = {entry.connection.identifier: entry.connection for entry in found if entry is not None}
-        waiting = self._undecided.get(inside)
-        if waiting is not None:
-            holders[waiting.identifier] = waiting
-        return list(holders.values())
+        return list({entry.connection.identifier: entry.connection for entry in found if entry is not None}.values())
 
     def insert(self, connection: Connection) -> None:
         """Take in a new connection, whose tuples nobody may hold; its source stage is undecided."""
