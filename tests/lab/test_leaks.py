@@ -26,6 +26,7 @@ OWNER = """
 import signal, sys
 from testbed.lab import Lab
 from testbed.topology_file import loads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, when the test run is a shell's background job
 topology = loads('''
 name: {name}
 nodes:
