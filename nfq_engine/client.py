@@ -10,9 +10,11 @@ Without an engine in this network namespace: ENOPROTOOPT, as on a kernel without
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import time
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -24,6 +26,10 @@ from nfq_engine.core.sockref import Flag
 __all__ = ["ControlError", "Endpoint", "Flag", "Tproxy"]
 
 _PATIENCE: Final = 10.0  # seconds; an engine answers in microseconds, so a silent one is stuck or stopped
+# Seconds to look for the answer again and again before sleeping: to be woken takes longer than most answers do. Not
+# where there is but one processor, which the engine needs.
+_MOMENT: Final = 0.0002 if len(os.sched_getaffinity(0)) > 1 else 0.0
+_READ: Final = 1 << 18
 
 
 class ControlError(Exception):
@@ -138,11 +144,19 @@ class Tproxy:
             raise ControlError(reply["error"])
         return reply
 
+    def _receive(self) -> bytes:
+        """What the engine sent; b"" at its end."""
+        end = time.perf_counter() + _MOMENT
+        while time.perf_counter() < end:
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self._socket.fileno(), _READ)
+        return self._socket.recv(_READ)
+
     def _line(self) -> bytes:
         """One line from the engine."""
         pieces = [self._received]
         while b"\n" not in pieces[-1]:
-            received = self._socket.recv(1 << 18)
+            received = self._receive()
             if not received:
                 raise ConnectionResetError(errno.ECONNRESET, "the tproxy engine closed the connection")
             pieces.append(received)

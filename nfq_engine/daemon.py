@@ -41,6 +41,9 @@ from nfq_engine.shell.queue import PacketQueue
 log: Final = logging.getLogger("tproxyd")
 
 _SLICE: Final = 0.005  # seconds of packets between two looks at everything else
+# Seconds after an answer in which the loop looks again and again instead of sleeping: who was answered asks again, and
+# to be woken takes longer than to answer. Not where there is but one processor, which the asker needs.
+_MOMENT: Final = 0.0001 if len(os.sched_getaffinity(0)) > 1 else 0.0
 _TICK: Final = 1.0  # seconds between two looks at the timeouts
 
 
@@ -96,6 +99,7 @@ class Daemon:
         self._datapath.handle_whole = self._queue.handle_whole
         self._wake, self._signals = socket.socketpair()
         self._is_stopping = False
+        self._answered = 0.0  # when the last request was
         self._hear_signals()  # before there is a table that would stay behind
         self._watch(self._interfaces, self._interfaces.forget)
         self._watch(self._destroyed, self._settle)
@@ -110,17 +114,19 @@ class Daemon:
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
-        next_tick = time.monotonic() + _TICK
+        now = time.monotonic()
+        next_tick = now + _TICK
         while not self._is_stopping:
             waiting = [client for client in self._control.clients if client.has_request]
-            timeout = 0.0 if waiting else max(0.0, next_tick - time.monotonic())
-            for key, _ in self._selector.select(timeout):
+            is_awake = bool(waiting) or now < self._answered + _MOMENT
+            for key, _ in self._selector.select(0.0 if is_awake else max(0.0, next_tick - now)):
                 key.data()
             for client in waiting:
                 self._serve(client)
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + _TICK
-                self._datapath.tick(time.monotonic())
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + _TICK
+                self._datapath.tick(now)
             self._datapath.adjust()
 
     def close(self) -> None:
@@ -163,7 +169,9 @@ class Daemon:
             return
         if client.serve():
             events = selectors.EVENT_WRITE if client.wants_to_write else selectors.EVENT_READ
-            self._selector.modify(client, events, lambda: self._serve(client))
+            key = self._selector.get_key(client)
+            if key.events != events:
+                self._selector.modify(client, events, key.data)
         else:
             self._selector.unregister(client)
             self._control.drop(client)
@@ -172,6 +180,7 @@ class Daemon:
         """Answer a request; what it changed is in effect before the caller is told."""
         reply = self._answers(caller, request, descriptor)
         self._datapath.adjust()
+        self._answered = time.monotonic()
         return reply
 
     def _settle(self) -> None:

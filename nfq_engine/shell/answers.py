@@ -19,6 +19,7 @@ from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
 from nfq_engine.shell.datapath import Datapath
 from nfq_engine.shell.forms import endpoint_from, sockref_form
+from nfq_engine.shell.supervisor_caller import user_namespaces_over_network
 
 _Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Message]
 
@@ -36,6 +37,7 @@ class Answers:
         self._settle = settle
         self._status = status
         self._namespace = sockets.own_namespace()
+        self._administrators = user_namespaces_over_network()
 
     def __call__(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
         """The reply to one request; whatever is wrong with it is told, and nothing is changed."""
@@ -51,6 +53,14 @@ class Answers:
             return {"error": str(error)}
         except (KeyError, TypeError, ValueError) as error:
             return {"error": f"malformed request: {type(error).__name__}: {error}"}
+
+    def _may_administer(self, pid: int) -> bool:
+        return sockets.may_administer(pid, self._administrators)
+
+    def _require_privilege(self, caller: Caller) -> None:
+        """OSError(EPERM) for callers without CAP_NET_ADMIN here."""
+        if not self._may_administer(caller.pid):
+            raise OSError(errno.EPERM, "this needs CAP_NET_ADMIN in the engine's network namespace")
 
     # The socket API.
 
@@ -73,7 +83,7 @@ class Answers:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         pids = {caller.pid, int(request.get("pid", caller.pid))}
         is_assign = len(argument) >= SHORTEST and unpack_operation(argument) == Operation.ASSIGN
-        is_privileged = is_assign and all(sockets.may_administer(pid) for pid in pids)
+        is_privileged = is_assign and all(map(self._may_administer, pids))
         return sockets.describe(descriptor, self._namespace, is_privileged=is_privileged)
 
     def _original_destination(self, _caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
@@ -92,18 +102,18 @@ class Answers:
     # The ruleset.
 
     def _rules(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
-        _require_privilege(caller)
+        self._require_privilege(caller)
         arguments = request["arguments"]
         if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
             raise TypeError("arguments is a list of strings")
         return {"output": self._table.ruleset.apply(parse_command(arguments))}
 
     def _save(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
-        _require_privilege(caller)
+        self._require_privilege(caller)
         return {"text": save(self._table.ruleset, counters=request.get("counters") is True)}
 
     def _restore(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
-        _require_privilege(caller)
+        self._require_privilege(caller)
         text = request["text"]
         if not isinstance(text, str):
             raise TypeError("text is a string")
@@ -116,7 +126,7 @@ class Answers:
         return {"sockrefs": [sockref_form(entry) for entry in self._table.sockrefs]}
 
     def _connections(self, caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
-        _require_privilege(caller)
+        self._require_privilege(caller)
         return {"connections": self._datapath.connections()}
 
     def _counters(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
@@ -146,9 +156,3 @@ _CALLS: dict[str, _Handler] = {
     "connections": Answers._connections,
     "counters": Answers._counters,
 }
-
-
-def _require_privilege(caller: Caller) -> None:
-    """OSError(EPERM) for callers without CAP_NET_ADMIN here."""
-    if not sockets.may_administer(caller.pid):
-        raise OSError(errno.EPERM, "this needs CAP_NET_ADMIN in the engine's network namespace")

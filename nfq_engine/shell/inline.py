@@ -75,10 +75,10 @@ class InlineDatapath(Datapath):
     def settle(self) -> None:
         """Hand what was counted here to the engine's counters."""
         for reason, packets in ((Reason.TRANSLATED, self._translated), (Reason.ESTABLISHED, self._passed)):
-            for hook in Hook:
-                if packets[hook]:
-                    self._engine.counters.count(hook, reason, packets[hook])
-                    packets[hook] = 0
+            for number, amount in enumerate(packets):
+                if amount:
+                    self._engine.counters.count(Hook(number), reason, amount)
+                    packets[number] = 0
 
     def tick(self, now: float) -> None:
         """Forget the connections whose time is over."""

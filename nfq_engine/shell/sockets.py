@@ -7,11 +7,14 @@ sockets (sock_diag). Must not trust anything that the owner says.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import socket
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +23,6 @@ from nfq_engine.core.sockopt import Socket
 
 SO_COOKIE: Final = 57
 _SIOCGSKNS: Final = 0x894C
-_NS_GET_USERNS: Final = 0xB701
-_NS_GET_PARENT: Final = 0xB702
 _CAP_NET_ADMIN: Final = 1 << 12
 
 _NETLINK_SOCK_DIAG: Final = 4
@@ -47,22 +48,30 @@ def describe(descriptor: int, namespace: tuple[int, int], *, is_privileged: bool
 
     OSError: ENOTSOCK for no socket, EINVAL for one that is neither TCP nor UDP or belongs to another network namespace.
     """
-    with socket.socket(fileno=os.dup(descriptor)) as handed:
+    with _borrowed(descriptor) as handed:
         if _namespace_of(handed) != namespace:
             raise OSError(errno.EINVAL, "the socket belongs to another network namespace")
-        protocol = handed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
-        if handed.family not in (socket.AF_INET, socket.AF_INET6) or protocol not in (Protocol.TCP, Protocol.UDP):
+        if handed.family not in (socket.AF_INET, socket.AF_INET6) or handed.proto not in (Protocol.TCP, Protocol.UDP):
             raise OSError(errno.EINVAL, "only TCP and UDP sockets can have a foreign address")
-        cookie = handed.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         return Socket(
-            cookie=int.from_bytes(cookie, "little" if struct.pack("=H", 1)[0] else "big"),
-            protocol=Protocol(protocol),
+            cookie=int.from_bytes(handed.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder),
+            protocol=Protocol(handed.proto),
             local=endpoint_of(handed.getsockname()),
             is_connected=_is_connected(handed),
             has_reuse_address=bool(handed.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)),
             is_privileged=is_privileged,
             owner=os.fstat(descriptor).st_uid,
         )
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket object on a descriptor that somebody else closes; OSError (ENOTSOCK) when it is none."""
+    borrowed = socket.socket(fileno=descriptor)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()
 
 
 def endpoint_of(name: tuple[str, int] | tuple[str, int, int, int]) -> Endpoint:
@@ -77,40 +86,36 @@ def endpoint_of(name: tuple[str, int] | tuple[str, int, int, int]) -> Endpoint:
 
 def peer_of(descriptor: int) -> tuple[Endpoint, Endpoint]:
     """Local and peer endpoint of a connected socket; OSError when it is none."""
-    with socket.socket(fileno=os.dup(descriptor)) as handed:
+    with _borrowed(descriptor) as handed:
         return endpoint_of(handed.getsockname()), endpoint_of(handed.getpeername())
 
 
-def may_administer(pid: int) -> bool:
-    """Has a process CAP_NET_ADMIN over this network namespace (capabilities(7), user_namespaces(7))?
+class _CapabilityHeader(ctypes.Structure):
+    """struct __user_cap_header_struct (capget(2))."""
 
-    A capability counts in the user namespace that owns the network namespace, and in every ancestor of that one.
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+_Capabilities = ctypes.c_uint32 * 6  # twice (32 capabilities each): effective, permitted, inheritable
+_CAPABILITY_VERSION: Final = 0x20080522
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def may_administer(pid: int, administrators: frozenset[int]) -> bool:
+    """Has a process CAP_NET_ADMIN in one of these user namespaces (`supervisor_caller.user_namespaces_over_network`)?
+
+    A capability counts in the user namespace that owns the network namespace, and in every ancestor of that one
+    (user_namespaces(7)). It is asked anew each time: a process may give its privileges up.
     """
+    if pid <= 0:  # whoever cannot be seen from here; to capget(2), 0 is the engine itself
+        return False
+    header, found = _CapabilityHeader(_CAPABILITY_VERSION, pid), _Capabilities()
+    if _libc.capget(ctypes.byref(header), found) or not found[0] & _CAP_NET_ADMIN:
+        return False
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        home = Path(f"/proc/{pid}/ns/user").stat()
+        return os.stat(f"/proc/{pid}/ns/user").st_ino in administrators  # noqa: PTH116 - a Path costs more than the call
     except OSError:
         return False
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective, 16) & _CAP_NET_ADMIN) and (home.st_dev, home.st_ino) in _owners()
-
-
-def _owners() -> set[tuple[int, int]]:
-    """The user namespaces whose capabilities count here: the owner of this network namespace, and its ancestors."""
-    owners = set()
-    with contextlib.ExitStack() as stack:
-        current = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        stack.callback(os.close, current)
-        step = _NS_GET_USERNS
-        # EPERM: the parent lies outside what we may see, and whoever is in there sees us only from above.
-        with contextlib.suppress(PermissionError):
-            while True:
-                current = fcntl.ioctl(current, step)
-                stack.callback(os.close, current)
-                status = os.fstat(current)
-                owners.add((status.st_dev, status.st_ino))
-                step = _NS_GET_PARENT
-    return owners
 
 
 def _namespace_of(handed: socket.socket) -> tuple[int, int]:
