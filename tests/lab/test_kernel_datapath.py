@@ -531,6 +531,7 @@ def test_killed_engine_keeps_connections_and_the_next_one_adopts_them(lab: Engin
         late.settimeout(0.2)
         with pytest.raises(TimeoutError):
             late.connect((lab.server.address(version), 80))
+        late.close()  # or its SYN, sent again, would reach the next engine
         handle = lab.gateway.run(["nft", "-a", "list", "tables"]).stdout
         rule = "-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 50080"
         start_engine(lab, [rule])
