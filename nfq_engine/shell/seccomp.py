@@ -199,7 +199,9 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _FLAG_SPEC_ALLOW: Final = 1 << 2  # no sandbox: do not slow the program down with mitigations meant for one
 _FLAG_NEW_LISTENER: Final = 1 << 3
-_FLAG_WAIT_KILLABLE: Final = 1 << 5  # Linux 5.19: only a fatal signal ends a call that the supervisor has taken on
+# Linux 5.19: only a fatal signal ends a call that the supervisor has taken on. Without it any signal may, even one that
+# comes with the answer: the kernel then takes the answer, and has the program make the call again all the same.
+_FLAG_WAIT_KILLABLE: Final = 1 << 5
 
 
 class _FilterProgram(ctypes.Structure):
@@ -221,8 +223,7 @@ def install_filter(options: Iterable[SocketOption], *, has_receiver: bool = Fals
     code = assemble(filter_tree(options, machine, has_receiver=has_receiver))
     program = _FilterProgram(len(code) // _INSTRUCTION.size, code)
     flags = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
-    # A recvmsg may wait for ever, so signals must be able to end it: the flag would make it deaf to them.
-    for attempt in (flags,) if has_receiver else (flags | _FLAG_WAIT_KILLABLE, flags):
+    for attempt in (flags | _FLAG_WAIT_KILLABLE, flags):
         listener = _seccomp(machine, attempt, program)
         if listener == -errno.EACCES:
             _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -5,8 +5,8 @@ up anyone. Must not know how original addresses are found: a `Receiver` tells th
 comes here with each recvmsg of such a socket.
 
 Rules that hold here:
-- A call that waits is remembered with all that it needs; a signal that ends it in the program is noticed, at the latest
-  after RECHECK, before a datagram is taken for it.
+- A call that waits is remembered with all that it needs. Its thread is looked at every LOOK seconds: a signal ends the
+  call as it would end the kernel's own, and a call whose thread was killed gives back its socket.
 - recvmmsg gives one datagram a call, as it may.
 - Layouts are those of 64-bit programs; calls of 32-bit ones are not handed over.
 """
@@ -31,8 +31,10 @@ from typing import Final
 from nfq_engine.core.option import IP_RECVORIGADDRS
 from nfq_engine.shell.seccomp import SOL_IP, Listener, Notification
 from nfq_engine.shell.supervisor_caller import Caller
+from nfq_engine.shell.supervisor_signals import ERESTARTSYS, SignalWatch
 
-RECHECK: Final = 0.05  # seconds until a call that a signal ended gives back its socket
+LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
+_LOOK_AT_EACH: Final = 0.001  # and for each of them: with many, looking must not become all that is done
 
 _LARGEST: Final = 65536  # no datagram is longer
 _MOST_VECTORS: Final = 1024  # UIO_MAXIOV
@@ -128,6 +130,8 @@ class ReceivingCalls:
         self._poll = poll
         self._receiver = receiver
         self._waiting: dict[int, tuple[_Call, ExitStack]] = {}
+        self._signals = SignalWatch()
+        self._next_look = 0.0
         self._data = ctypes.create_string_buffer(_LARGEST)
         self._name = ctypes.create_string_buffer(_NAME_SIZE)
         self._control = ctypes.create_string_buffer(_LARGEST)
@@ -136,7 +140,8 @@ class ReceivingCalls:
         """Seconds until `tidy` has something to do; None when no call waits."""
         if not self._waiting:
             return None
-        return max(0.0, min(RECHECK, min(call.until for call, _ in self._waiting.values()) - time.monotonic()))
+        ends = min(call.until for call, _ in self._waiting.values())
+        return max(0.0, min(self._next_look, ends) - time.monotonic())
 
     def begin(self, notification: Notification, caller: Caller, taken: socket.socket, handles: ExitStack) -> None:
         """Answer a call, or keep it and its handles until there is a datagram. OSError: the call's errno."""
@@ -171,14 +176,25 @@ class ReceivingCalls:
         self._forget(descriptor)
 
     def tidy(self) -> None:
-        """Let go of calls that a signal ended, and end those whose time is up."""
+        """End the calls whose time is up or that a signal ends, and let go of those whose thread is gone."""
         now = time.monotonic()
+        is_time_to_look = now >= self._next_look
+        ended = self._look() if is_time_to_look else {}
         for descriptor, (call, _) in list(self._waiting.items()):
-            if now >= call.until:
-                self._listener.answer(call.notification, errno.EAGAIN)
-            elif self._listener.is_waiting(call.notification):
+            error = errno.EAGAIN if now >= call.until else ended.get(call.notification.thread, 0)
+            if error == ERESTARTSYS and call.until < math.inf:
+                error = errno.EINTR  # as sock_intr_errno() has it
+            if error:
+                self._listener.answer(call.notification, error)
+            elif not is_time_to_look or self._listener.is_waiting(call.notification):
                 continue
             self._forget(descriptor)
+
+    def _look(self) -> dict[int, int]:
+        """The threads whose calls a signal ends, each with the errno."""
+        self._next_look = time.monotonic() + LOOK + _LOOK_AT_EACH * len(self._waiting)
+        calls = [call for call, _ in self._waiting.values()]
+        return self._signals.look({call.notification.thread: call.caller.identity.pid for call in calls})
 
     def _forget(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)

@@ -25,7 +25,8 @@ def programs() -> Iterator[Path]:
         if not source.stem.endswith("_i386"):
             compile_c(source.name, folder / source.stem)
     compile_c("sockopt_edges.c", folder / "sockopt_edges_static", "-static")
-    compile_c("receive.c", folder / "receive_by_kernel", f"-DIP_RECVORIGADDRS={IP_RECVORIGDSTADDR}")
+    for name in ("receive", "interrupted"):
+        compile_c(f"{name}.c", folder / f"{name}_by_kernel", f"-DIP_RECVORIGADDRS={IP_RECVORIGDSTADDR}")
     yield folder
     shutil.rmtree(folder)
 

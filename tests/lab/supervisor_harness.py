@@ -4,7 +4,7 @@ Settings: `record` (a file that gets a JSON line with the supervisor's pid, then
 that fits a call decides its reply; with none that fits it succeeds, a getsockopt with what was in the buffer),
 `original_dst` (trap SO_ORIGINAL_DST too), `original` (trap recvmsg too; the address and port that datagrams were sent
 to), `engine` (no script: ask the engine, with recvmsg), `uid` (become this user first), `refuse` (make no handler, for
-this reason).
+this reason), `old_kernel` (as one before Linux 5.19: any signal ends a call that the supervisor has taken on).
 
 A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `gate` (a FIFO: reply when someone writes);
 `fails` (raise instead).
@@ -19,6 +19,7 @@ from pathlib import Path
 from struct import pack, unpack_from
 from typing import Any
 
+from nfq_engine.shell import seccomp
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError, SocketOption
 from nfq_engine.shell.supervisor import Handler, SocketCall, SocketReply
 from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
@@ -26,6 +27,7 @@ from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run
 from nfq_engine.shell.supervisor_receive import Datagram, Receiver
 
 PR_SET_DUMPABLE = 4
+UNKNOWN_FLAG = 1 << 31  # refused by every kernel, as WAIT_KILLABLE_RECV is by an old one
 
 
 def fits(rule: dict[str, Any], call: dict[str, Any]) -> bool:
@@ -87,6 +89,8 @@ def main() -> None:
     if "uid" in settings:
         os.setuid(settings["uid"])
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # setuid made this process one that no other may look into
+    if settings.get("old_kernel"):
+        seccomp._FLAG_WAIT_KILLABLE = UNKNOWN_FLAG  # type: ignore[misc]
     options = TPROXY_OPTIONS | ORIGINAL_DST_OPTIONS if settings.get("original_dst") else TPROXY_OPTIONS
     try:
         run_program(

@@ -364,8 +364,9 @@ def test_signals_meant_for_the_programs_do_not_stop_the_supervisor(start: Start,
 
 
 HELD_CALL = """
-import signal, socket
-signal.signal(signal.SIGUSR1, lambda *_: print("signal"))  # without SA_RESTART
+import signal, socket, sys
+signal.signal(signal.SIGUSR1, lambda *_: print("signal"))
+signal.siginterrupt(signal.SIGUSR1, "restart" not in sys.argv)
 socket.socket().setsockopt(socket.SOL_IP, 11274, bytes(12))
 print("done")
 """
@@ -377,6 +378,17 @@ def test_a_call_under_way_is_finished_before_a_signal_is_handled(start: Start, g
     run.process.send_signal(signal.SIGUSR1)
     gate.write_bytes(b"go on")
     assert run.output() == "signal\ndone\n"
+
+
+def test_a_call_that_a_signal_ended_is_not_done_twice(start: Start, gate: Path) -> None:
+    run = start(sys.executable, "-c", HELD_CALL, "restart", rules=[{"gate": str(gate)}], old_kernel=True)
+    wait_until(run.calls, "the call reaches the handler")
+    run.process.send_signal(signal.SIGUSR1)
+    status = Path(f"/proc/{run.process.pid}/status")
+    wait_until(lambda: "ShdPnd:\t0000000000000000" in status.read_text(), "the program takes the signal")
+    gate.write_bytes(b"go on")
+    assert run.output() == "signal\ndone\n"
+    assert len(run.calls()) == 1
 
 
 def test_the_supervisor_is_out_of_reach_of_the_program_s_terminal(start: Start) -> None:

@@ -1,5 +1,7 @@
 """Datagrams with their original addresses: recvmsg under the supervisor, beside what the kernel itself does."""
 
+import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from supervisor_runs import (
     Start,
     address_argument,
     flags_argument,
+    wait_until,
 )
 
 pytestmark = pytest.mark.lab
@@ -66,9 +69,32 @@ def test_recvmsg_does_all_that_the_kernel_s_does(start: Start, programs: Path) -
     assert first["descriptors"] == last["descriptors"]
 
 
-def test_signals_do_not_double_a_call_when_they_can_end_it(start: Start) -> None:
+def test_signals_do_not_double_a_call(start: Start) -> None:
     run = start("signalled", original=ORIGINAL)
     assert run.output().split() == ["calls", str(len(run.calls())), "failed", "0"]
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["wait-killable", "before-linux-5.19"])
+def test_signals_end_a_recvmsg_as_the_kernel_s(start: Start, programs: Path, *, old_kernel: bool) -> None:
+    run = start("interrupted", original=ORIGINAL, old_kernel=old_kernel)
+    supervised = run.output()
+    kernel = subprocess.run(
+        [programs / "interrupted_by_kernel"], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    )
+    assert supervised == kernel.stdout
+
+
+@pytest.mark.parametrize("threads", ["alone"])
+def test_a_program_is_stopped_and_goes_on_while_it_waits_for_a_datagram(
+    start: Start, peer: socket.socket, threads: str
+) -> None:
+    run = start("interrupted", threads, original=ORIGINAL)
+    port = int(run.line().rpartition(":")[2])
+    run.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: os.waitid(os.P_PID, run.process.pid, os.WSTOPPED | os.WNOHANG), "all threads of it stop")
+    peer.sendto(b"late", ("127.0.0.1", port))
+    run.process.send_signal(signal.SIGCONT)
+    assert run.output() == "stopped late with-addresses\n"
 
 
 def test_a_program_killed_while_it_waits_for_a_datagram(start: Start) -> None:
