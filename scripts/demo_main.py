@@ -1,194 +1,44 @@
 """The main job: full transparency, seen from all sides.
 
 Builds topologies/transparent-proxy.yaml, fetches a file over IPv4 and IPv6 through a relay that nobody can see, asks a
-service that lives on somebody else's address, and then checks what the captures at every interface, the kernel and the
-engine say about it. Exit code 0 only if every check holds.
+service that lives on somebody else's address, and then checks (demo_checks.py) what the captures at every interface,
+the kernel and the engine say about it. Exit code 0 only if every check holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import ipaddress
 import json
 import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from demo_checks import DATAGRAMS, FOREIGN, Run, checks, flow_text
 from rich.console import Console
 
 from testbed import capabilities
 from testbed.build import BuildError
 from testbed.capture import CaptureError
-from testbed.checksums import checksum_errors
 from testbed.connections import Connection, connections
-from testbed.frames import Frame, endpoint, ip_of
 from testbed.lab import Lab, LabError
 from testbed.ladder import ladder
 from testbed.process import MARK, ServiceError, owner_mark, sweep
 from testbed.topology_file import load
 from testbed.trace import trace
-from testbed.traffic import content
 
 ROOT: Final = Path(__file__).parent.parent
 TOPOLOGY: Final = ROOT / "topologies" / "transparent-proxy.yaml"
-SIZE: Final = 1 << 20
 ENGINE_TABLE: Final = "nfq_tproxy"
-FOREIGN: Final = {4: "198.51.100.7", 6: "2001:db8::7"}
-DATAGRAMS: Final = 5
-RELAY_PORT: Final = 50080
+CONNTRACK_COUNTS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_acct")
 ESTABLISHED: Final = 1  # in /proc/net/tcp
 PATIENCE: Final = 10.0
 MOST_PROBLEMS: Final = 5
 WIDEST: Final = 160  # columns
-TCP: Final = 6
-UDP: Final = 17
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What the lab left to be checked."""
-
-    frames: list[Frame]
-    fetched: dict[int, dict[str, Any]]
-    asked: dict[int, dict[str, Any]]
-    web_log: list[dict[str, Any]]
-    gateway_sockets: set[tuple[str, int]]
-    gateway_addresses: set[str]
-    client: dict[int, str]
-    server: dict[int, str]
-    counters: dict[str, Any]
-    connections: list[dict[str, Any]]
-    rules_before: str
-    rules_during: str
-    rules_after: str
-
-    def at(self, node: str, *protocols: int) -> list[Frame]:
-        """The TCP or UDP frames at a node's interfaces."""
-        return [
-            frame
-            for frame in self.frames
-            if frame.point.startswith(f"{node}:") and frame.ip is not None and frame.ip.protocol in protocols
-        ]
-
-
-Check = Callable[[Run], Iterator[str]]
-
-
-def client_saw_only_the_server(run: Run) -> Iterator[str]:
-    """the client only ever saw the server's address (and, for datagrams, the foreign one)"""
-    allowed = {*run.server.values(), *FOREIGN.values()}
-    for frame in run.at("client", TCP, UDP):
-        peer = ip_of(frame).destination if frame.outgoing else ip_of(frame).source
-        if peer not in allowed:
-            yield f"{frame}"
-    if not run.at("client", TCP):
-        yield "no TCP was seen at the client"
-
-
-def server_saw_the_client(run: Run) -> Iterator[str]:
-    """the server only ever saw the client's address"""
-    for frame in run.at("server", TCP):
-        peer = ip_of(frame).destination if frame.outgoing else ip_of(frame).source
-        if peer not in run.client.values():
-            yield f"{frame}"
-    peers = {line["peer"] for line in run.web_log if "peer" in line}
-    if peers != set(run.client.values()):
-        yield f"the web server's log names {sorted(peers)}, not {sorted(run.client.values())}"
-
-
-def relay_has_local_addresses(run: Run) -> Iterator[str]:
-    """the relay's sockets have local addresses (the kernel's socket tables, while it was working)"""
-    inward = {address for address, port in run.gateway_sockets if port == RELAY_PORT}
-    outward = {address for address, port in run.gateway_sockets if port != RELAY_PORT}
-    for name, addresses in (("accepted", inward), ("outward", outward)):
-        if not addresses:
-            yield f"no {name} socket of the relay was seen"
-        if strangers := addresses - run.gateway_addresses:
-            yield f"{name} sockets have the addresses {sorted(strangers)}"
-
-
-def bytes_are_identical(run: Run) -> Iterator[str]:
-    """the bytes are identical: the file over IPv4 and IPv6, and every datagram"""
-    right = hashlib.sha256(content(SIZE)).hexdigest()
-    for version, result in run.fetched.items():
-        if (result["sha256"], result["size"]) != (right, SIZE):
-            yield f"IPv{version}: {result['size']} bytes with SHA-256 {result['sha256']}, not {SIZE} with {right}"
-    for version, result in run.asked.items():
-        if result["answered"] != DATAGRAMS or result["senders"] != [f"{FOREIGN[version]} 7"]:
-            yield f"IPv{version}: {result}"
-
-
-def counters_agree_with_captures(run: Run) -> Iterator[str]:
-    """the engine's counters agree with the captures, packet for packet"""
-    seen = run.at("gateway", TCP, UDP)
-    hooks = {hook: sum(reasons.values()) for hook, reasons in run.counters["hooks"].items()}
-    arrived = sum(not frame.outgoing for frame in seen)
-    left = sum(frame.outgoing for frame in seen)
-    if hooks.get("PREROUTING", 0) != arrived:
-        yield f"{hooks.get('PREROUTING', 0)} packets at PREROUTING, {arrived} arrived"
-    # Everything that leaves the gateway is its own: it relays, it does not route.
-    for hook in ("OUTPUT", "POSTROUTING"):
-        if hooks.get(hook, 0) != left:
-            yield f"{hooks.get(hook, 0)} packets at {hook}, {left} left"
-    for connection in run.connections:
-        for direction, flow, outgoing in wire_of(connection, run.gateway_addresses):
-            captured = sum(frame.outgoing is outgoing and is_of(frame, flow) for frame in seen)
-            counted = connection["packets"][direction]
-            if captured != counted:
-                yield f"{direction} of {flow}: {counted} packets counted, {captured} captured"
-    queue = run.counters["queue"]
-    if queue["dropped_full"] or queue["dropped_unread"]:
-        yield f"the queue lost packets: {queue}"
-
-
-def wire_of(connection: dict[str, Any], gateway: set[str]) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """How a link shows each direction of a connection: its name, the flow, and whether that leaves the gateway."""
-    original, final, reply = connection["original"], connection["final"], connection["reply"]
-    if original["source"]["address"] in gateway:
-        yield "original", final, True
-        yield "reply", reply, False
-    else:
-        yield "original", original, False
-        yield "reply", {"source": original["destination"], "destination": original["source"]}, True
-
-
-def is_of(frame: Frame, flow: dict[str, Any]) -> bool:
-    """Is a frame's packet of this flow?"""
-    packet = ip_of(frame)
-    source = {"address": packet.source, "port": packet.source_port}
-    destination = {"address": packet.destination, "port": packet.destination_port}
-    return flow == {"source": source, "destination": destination}
-
-
-def checksums_are_right(run: Run) -> Iterator[str]:
-    """every checksum on every link is right"""
-    for frame in run.frames:
-        for error in checksum_errors(frame):
-            yield f"{frame}: {error}"
-
-
-def rules_are_untouched(run: Run) -> Iterator[str]:
-    """nft list ruleset (without the engine's own table) and iptables-save are byte for byte what they were"""
-    for name, text in (("while the engine ran", run.rules_during), ("after it ended", run.rules_after)):
-        if text != run.rules_before:
-            yield f"{name}:\n{text}\nbefore:\n{run.rules_before}"
-
-
-CHECKS: Final[tuple[Check, ...]] = (
-    client_saw_only_the_server,
-    server_saw_the_client,
-    relay_has_local_addresses,
-    bytes_are_identical,
-    counters_agree_with_captures,
-    checksums_are_right,
-    rules_are_untouched,
-)
 
 
 def rules(lab: Lab) -> str:
@@ -240,6 +90,8 @@ def work(lab: Lab) -> Run:
     gateway.run(["iptables", "-A", "FORWARD", "-p", "tcp", "--dport", "8080", "-j", "ACCEPT"])
     before = rules(lab)
     lab.start_programs()
+    # The kernel datapath lists what conntrack counts, and conntrack counts only where it is told to.
+    gateway.call(lambda: CONNTRACK_COUNTS.write_text("1"))
     fetched, asked = {}, {}
     sockets: set[tuple[str, int]] = set()
     python = (sys.executable, "-m", "testbed.traffic")
@@ -323,11 +175,6 @@ def inside_the_gateway(run: Run) -> Iterator[str]:
             yield f"  {names[source]} in the gateway: {tuples[0]} {verb} {tuples[2]} (by {by}), and answers back"
 
 
-def flow_text(flow: dict[str, Any]) -> str:
-    """A flow as the ladder writes it."""
-    return " → ".join(endpoint(end["address"], end["port"]) for end in (flow["source"], flow["destination"]))
-
-
 def report(console: Console, what: str, problems: list[str]) -> bool:
     """Print one check's line, and what is wrong below it."""
     console.print(("[red]FAILED[/] " if problems else "[green]ok[/]     ") + what.replace("[", "\\["))
@@ -348,10 +195,10 @@ def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
         points = lab.capture.points
     console.rule("one connection, seen at every interface")
     console.print(ladder(relayed_connection(run), points, min(console.width, WIDEST)), highlight=False, soft_wrap=True)
-    for line in inside_the_gateway(run):
+    for line in sorted(inside_the_gateway(run)):
         console.print(line, markup=False, highlight=False)
     console.rule("checks")
-    results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in CHECKS]
+    results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in checks(datapath)]
     results.append(report(console, "nothing is left behind", [*lab.left_over, *leftovers(before)]))
     console.print(f"\ncaptures (pcapng) and logs: {directory}", markup=False, highlight=False)
     return all(results)
@@ -364,7 +211,12 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit code: 0 if every check holds, 1 if one does not, 2 if the lab cannot be built here.",
     )
     parser.add_argument("--directory", type=Path, help="where captures and logs go (default: a new one below /tmp)")
-    parser.add_argument("--datapath", choices=("inline",), default="inline", help="who translates (default: inline)")
+    parser.add_argument(
+        "--datapath",
+        choices=("inline", "kernel"),
+        default="inline",
+        help="who rewrites packets: the engine, or as it says the kernel's NAT (default: inline)",
+    )
     return parser.parse_args()
 
 
