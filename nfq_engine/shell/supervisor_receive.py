@@ -26,12 +26,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Final, assert_never
 
 from nfq_engine.core.option import IP_RECVORIGADDRS
 from nfq_engine.shell.seccomp import SOL_IP, Listener, Notification
 from nfq_engine.shell.supervisor_caller import Caller
-from nfq_engine.shell.supervisor_signals import ERESTARTSYS, SignalWatch
+from nfq_engine.shell.supervisor_signals import ERESTARTNOHAND, ERESTARTSYS, Due, due_signal, look_for_signals
 
 LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
 _LOOK_AT_EACH: Final = 0.001  # and for each of them: with many, looking must not become all that is done
@@ -117,6 +117,11 @@ class _Call:
     until: float
 
     @property
+    def is_of_first_thread(self) -> bool:
+        """Was it made by the thread with which its process began?"""
+        return self.notification.thread == self.caller.identity.pid
+
+    @property
     def may_wait(self) -> bool:
         """Is neither the call nor the socket non-blocking?"""
         return not (self.flags & socket.MSG_DONTWAIT or fcntl.fcntl(self.taken, fcntl.F_GETFL) & os.O_NONBLOCK)
@@ -130,7 +135,6 @@ class ReceivingCalls:
         self._poll = poll
         self._receiver = receiver
         self._waiting: dict[int, tuple[_Call, ExitStack]] = {}
-        self._signals = SignalWatch()
         self._next_look = 0.0
         self._data = ctypes.create_string_buffer(_LARGEST)
         self._name = ctypes.create_string_buffer(_NAME_SIZE)
@@ -178,23 +182,43 @@ class ReceivingCalls:
     def tidy(self) -> None:
         """End the calls whose time is up or that a signal ends, and let go of those whose thread is gone."""
         now = time.monotonic()
-        is_time_to_look = now >= self._next_look
-        ended = self._look() if is_time_to_look else {}
         for descriptor, (call, _) in list(self._waiting.items()):
-            error = errno.EAGAIN if now >= call.until else ended.get(call.notification.thread, 0)
-            if error == ERESTARTSYS and call.until < math.inf:
-                error = errno.EINTR  # as sock_intr_errno() has it
-            if error:
-                self._listener.answer(call.notification, error)
-            elif not is_time_to_look or self._listener.is_waiting(call.notification):
-                continue
-            self._forget(descriptor)
+            if now >= call.until:
+                self._listener.answer(call.notification, errno.EAGAIN)
+                self._forget(descriptor)
+        if now >= self._next_look:
+            self._next_look = now + LOOK + _LOOK_AT_EACH * len(self._waiting)
+            self._look()
 
-    def _look(self) -> dict[int, int]:
-        """The threads whose calls a signal ends, each with the errno."""
-        self._next_look = time.monotonic() + LOOK + _LOOK_AT_EACH * len(self._waiting)
-        calls = [call for call, _ in self._waiting.values()]
-        return self._signals.look({call.notification.thread: call.caller.identity.pid for call in calls})
+    def _look(self) -> None:
+        """Look at each thread that waits: has a signal come, is it still there?"""
+        held = {call.notification.thread for call, _ in self._waiting.values()}
+        served: set[int] = set()  # processes: a signal for one is taken by one thread, the first if it can
+        for descriptor, (call, _) in sorted(self._waiting.items(), key=lambda item: not item[1][0].is_of_first_thread):
+            process = call.caller.identity.pid
+            due = due_signal(call.notification.thread, process, held)
+            if due is Due.SOME_THREAD:
+                due = Due.NOBODY if process in served else due
+                served.add(process)
+            if self._end_by_signal(call, due) or not self._listener.is_waiting(call.notification):
+                self._forget(descriptor)
+
+    def _end_by_signal(self, call: _Call, due: Due) -> bool:
+        """End a call as the kernel would if a signal came; False when none did."""
+        has_limit = call.until < math.inf
+        match due:
+            case Due.NOBODY:
+                return False
+            case Due.THIS_THREAD:
+                # sock_intr_errno(): with a time limit the call would begin anew with all of it
+                self._listener.answer(call.notification, errno.EINTR if has_limit else ERESTARTSYS)
+            case Due.SOME_THREAD:
+                with look_for_signals(call.notification.thread) as does_look:
+                    word = ERESTARTNOHAND if has_limit else ERESTARTSYS
+                    self._listener.answer(call.notification, word if does_look else errno.EINTR)
+            case _:
+                assert_never(due)
+        return True
 
     def _forget(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)

@@ -5,25 +5,27 @@ a recvmsg waits; every other call is answered at once.
 
 The filter has calls wait killable (seccomp.py), so a signal that does not kill leaves the thread asleep: the supervisor
 must look, and answer as the kernel's own call would. ERESTARTSYS is no errno of a program's but a word to the kernel,
-which makes of it EINTR or the same call anew, as the signal's handler asks for (SA_RESTART). The kernel hears it only
-where a signal is due on that very thread (TIF_SIGPENDING, which then stays until the thread runs); any other thread
-would show 512 to its program. So it is said only to a thread that certainly is the one.
+which makes of it EINTR or the same call anew, as the signal's handler asks for (SA_RESTART); ERESTARTNOHAND is the same
+but for any handler. The kernel hears these words only from a thread that has been told to look for signals
+(TIF_SIGPENDING, which then stays until it runs); another would show 512 to its program. So they are said only to a
+thread for which a signal is due beyond doubt, or that we told ourselves.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import ctypes
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final
 
 ERESTARTSYS: Final = 512  # linux/errno.h, which no program sees
+ERESTARTNOHAND: Final = 514
 
-_PATIENT_LOOKS: Final = 5
 _SIZE: Final = 65536  # the list of groups comes before the signals
 _STATUS: Final = re.compile(
     rb"\nState:\t(.).*\nThreads:\t(\d+)\n"
@@ -32,16 +34,22 @@ _STATUS: Final = re.compile(
 )
 _ENDED: Final = (b"Z", b"X")
 _STOPPED: Final = b"T"
+_PTRACE_DETACH: Final = 17
+_PTRACE_SEIZE: Final = 0x4206
+_PTRACE_INTERRUPT: Final = 0x4207
+_WALL: Final = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-class _Due(Enum):
+class Due(Enum):
     """For whom a signal waits."""
 
     NOBODY = auto()
     THIS_THREAD = auto()
     """One of its own, or one of a process with no other thread; or all threads of the process are told to stop."""
     SOME_THREAD = auto()
-    """One for a process with several threads."""
+    """One for a process with several threads: which of them is to take it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +64,38 @@ class _Status:
     ignored: int
 
 
-class SignalWatch:
-    """Looks at the threads whose calls are held, again and again.
-
-    Which of several threads is to take a signal for the process cannot be told. Whoever it is takes it at once, unless
-    it is one that is held; so after a few looks it is, and gets EINTR, which is never wrong.
-    """
-
-    def __init__(self) -> None:
-        self._looks: dict[int, int] = {}  # process -> in how many looks on end a signal waited for some thread of it
-
-    def look(self, held: Mapping[int, int]) -> dict[int, int]:
-        """Whose calls a signal ends now: thread -> ERESTARTSYS or EINTR. `held`: thread -> its process."""
-        ended = {}
-        candidates: dict[int, int] = {}
-        for thread, process in held.items():
-            match _due_signal(thread, process, held):
-                case _Due.NOBODY:
-                    pass
-                case _Due.THIS_THREAD:
-                    ended[thread] = ERESTARTSYS
-                case _Due.SOME_THREAD:
-                    if thread == process or process not in candidates:  # the kernel prefers the first thread too
-                        candidates[process] = thread
-                case due:
-                    assert_never(due)
-        self._looks = {process: self._looks.get(process, 0) + 1 for process in candidates}
-        for process, thread in candidates.items():
-            if self._looks[process] == _PATIENT_LOOKS:
-                ended[thread] = errno.EINTR
-                del self._looks[process]
-        return ended
-
-
-def _due_signal(thread: int, process: int, held: Container[int]) -> _Due:
-    """For whom a signal waits, as far as this thread is concerned."""
+def due_signal(thread: int, process: int, held: Container[int]) -> Due:
+    """For whom a signal waits, as far as this thread is concerned; `held`: all threads whose calls are held."""
     status = _read_status(f"/proc/{thread}/status")
     if status is None:
-        return _Due.NOBODY
+        return Due.NOBODY
     heard = ~(status.blocked | status.ignored)
     if status.own & heard:
-        return _Due.THIS_THREAD
+        return Due.THIS_THREAD
     if status.shared & heard:
-        return _Due.THIS_THREAD if status.threads == 1 else _Due.SOME_THREAD
-    return _Due.THIS_THREAD if status.threads > 1 and _is_stopping(process, held) else _Due.NOBODY
+        return Due.THIS_THREAD if status.threads == 1 else Due.SOME_THREAD
+    return Due.THIS_THREAD if status.threads > 1 and _is_stopping(process, held) else Due.NOBODY
+
+
+@contextlib.contextmanager
+def look_for_signals(thread: int) -> Iterator[bool]:
+    """Have a thread look for signals when its call is answered, which is done within; False when that cannot be had.
+
+    The kernel's own way to do so is a debugger's: to be interrupted. A thread that has a debugger gets no second one.
+    """
+    if _ptrace(_PTRACE_SEIZE, thread):
+        yield False
+        return
+    _ptrace(_PTRACE_INTERRUPT, thread)
+    yield True
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(thread, _WALL)  # until it stops, on its way out of the call, or has been killed
+    _ptrace(_PTRACE_DETACH, thread)
+
+
+def _ptrace(request: int, thread: int) -> bool:
+    """ptrace(2); True when it fails."""
+    return bool(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(thread), None, None))
 
 
 def _is_stopping(process: int, held: Container[int]) -> bool:

@@ -39,6 +39,13 @@ static void handle(void (*handler)(int), int flags)
 	need(sigaction(SIGALRM, &action, NULL), "sigaction");
 }
 
+static void limit_time(int seconds)
+{
+	struct timeval limit = {.tv_sec = seconds};
+
+	need(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "RCVTIMEO");
+}
+
 static void block(int how)
 {
 	sigset_t alarm;
@@ -110,16 +117,14 @@ static void *wait_in_thread(void *unused)
 
 static void alone(void)
 {
-	struct timeval limit = {.tv_sec = 5}, none = {0};
-
 	handle(quiet, 0);
 	wait_for_alarm("alone");
 	handle(say, SA_RESTART);
 	wait_for_alarm("alone-restart");
-	need(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit), "RCVTIMEO");
+	limit_time(5);
 	handle(quiet, SA_RESTART);
 	wait_for_alarm("alone-restart-time-limit");
-	need(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &none, sizeof none), "RCVTIMEO");
+	limit_time(0);
 }
 
 static void with_a_thread(const char *what, void *(*run)(void *), void *argument)
@@ -140,6 +145,12 @@ static void in_threads(void)
 	handle(quiet, 0);
 	pthread_create(&thread, NULL, sleep_on, NULL);
 	wait_for_alarm("process");
+	handle(say, SA_RESTART);
+	wait_for_alarm("process-restart");
+	handle(quiet, SA_RESTART);
+	limit_time(5);
+	wait_for_alarm("process-restart-time-limit");
+	limit_time(0);
 	pthread_cancel(thread);
 	pthread_join(thread, NULL);
 	block(SIG_BLOCK);
