@@ -183,7 +183,8 @@ def _sockref_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _connection_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    packets = entry["packets"]
+    # Without accounting the kernel counts nothing.
+    packets = {way: "-" if count is None else count for way, count in entry["packets"].items()}
     return (
         entry["protocol"],
         entry["state"],

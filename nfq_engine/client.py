@@ -14,16 +14,25 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 import time
 from types import TracebackType
 from typing import Any, Final, Self
 
 from nfq_engine import wire
+from nfq_engine.core.one_way import digest_of
 from nfq_engine.core.option import Operation, pack_address, pack_number, unpack_address, unpack_number
-from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
 from nfq_engine.core.sockref import Flag
 
 __all__ = ["ControlError", "Endpoint", "Flag", "Tproxy"]
+
+_LARGEST_DATAGRAM: Final = 0x10000
+_CONTROL_SIZE: Final = 1024
+# Control messages with the address that a datagram was delivered to: a struct sockaddr_in, a struct sockaddr_in6.
+_IP_RECVORIGDSTADDR: Final = 20
+_IPV6_RECVORIGDSTADDR: Final = 74
+_LOCAL: Final = {(socket.SOL_IP, _IP_RECVORIGDSTADDR), (socket.IPPROTO_IPV6, _IPV6_RECVORIGDSTADDR)}
 
 _PATIENCE: Final = 10.0  # seconds; an engine answers in microseconds, so a silent one is stuck or stopped
 # Seconds to look for the answer again and again before sleeping: to be woken takes longer than most answers do. Not
@@ -99,19 +108,40 @@ class Tproxy:
 
     def original_destination(self, sock: socket.socket) -> Endpoint:
         """Where a redirected connection was going, asked with the accepted socket; ENOENT when it is no such."""
-        reply = self.call({"call": "original-destination"}, sock.fileno())
-        return Endpoint(bytes.fromhex(reply["address"]), reply["port"])
+        return _flow_from(self.call({"call": "original-destination"}, sock.fileno()), Protocol.TCP).destination
 
-    def original_destination_of(self, protocol: Protocol, local: Endpoint, peer: Endpoint) -> Endpoint:
-        """The same for a datagram, by the addresses that `recvfrom` and the socket's own name tell."""
+    def original_of(self, local: Endpoint, peer: Endpoint, data: bytes) -> FlowTuple:
+        """Source and destination of a datagram before translation; ENOENT when it was not translated.
+
+        `local` and `peer` are the addresses that it came with, `data` is all that it carried: one-way datagrams, of
+        which no connection is kept, are told apart by it.
+        """
         request = {
             "call": "original-destination",
-            "protocol": int(protocol),
+            "protocol": int(Protocol.UDP),
             "local": [local.address.hex(), local.port],
             "peer": [peer.address.hex(), peer.port],
+            "digest": digest_of(data),
         }
-        reply = self.call(request)
-        return Endpoint(bytes.fromhex(reply["address"]), reply["port"])
+        return _flow_from(self.call(request), Protocol.UDP)
+
+    def receive_original(self, sock: socket.socket) -> tuple[bytes, Endpoint, FlowTuple | None]:
+        """Receive a datagram: all of it, its sender, and, if it was translated, its source and destination before that.
+
+        What IP_RECVORIGADDRS is to unmodified programs. OSError as from recvmsg(2).
+        """
+        sock.setsockopt(socket.SOL_IP, _IP_RECVORIGDSTADDR, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVORIGDSTADDR, 1)
+        data, controls, _, name = sock.recvmsg(_LARGEST_DATAGRAM, _CONTROL_SIZE)
+        peer = Endpoint.of(name[0].partition("%")[0], name[1]).unmapped
+        local = next((_local_from(value) for level, kind, value in controls if (level, kind) in _LOCAL), None)
+        if local is None:
+            return data, peer, None
+        try:
+            return data, peer, self.original_of(local, peer, data)
+        except FileNotFoundError:  # ENOENT
+            return data, peer, None
 
     def setsockopt(self, descriptor: int, argument: bytes, pid: int | None = None) -> None:
         """setsockopt(IP_TPROXY) with the option's own bytes; `pid`: on whose behalf, if not our own."""
@@ -162,3 +192,15 @@ class Tproxy:
             pieces.append(received)
         line, _, self._received = b"".join(pieces).partition(b"\n")
         return line
+
+
+def _flow_from(reply: wire.Message, protocol: Protocol) -> FlowTuple:
+    """Source and destination of a reply."""
+    source, destination = (Endpoint(bytes.fromhex(reply[end][0]), reply[end][1]) for end in ("source", "destination"))
+    return FlowTuple(protocol, source, destination)
+
+
+def _local_from(name: bytes) -> Endpoint:
+    """The endpoint in a struct sockaddr_in or sockaddr_in6."""
+    is_ipv4 = int.from_bytes(name[:2], sys.byteorder) == socket.AF_INET
+    return Endpoint(name[4:8] if is_ipv4 else name[8:24], int.from_bytes(name[2:4], "big")).unmapped

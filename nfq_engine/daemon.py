@@ -194,7 +194,9 @@ class Daemon:
         if closed is None:
             log.warning("news of closed sockets was lost: asking for all that live")
             alive = sockets.living()
-            closed = {cookie for sockref in self._datapath.table.sockrefs for cookie in sockref.cookies} - alive
+            table = self._datapath.table
+            known = {cookie for sockref in table.sockrefs for cookie in sockref.cookies}
+            closed = (known | {listener.cookie for listener in table.listeners}) - alive
         for cookie in closed:
             self._answers.socket_api.closed(cookie)
 

@@ -26,8 +26,8 @@ from typing import Final, assert_never
 from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.nat import PortRange, Taken
-from nfq_engine.core.packet import Endpoint, FlowTuple, IcmpError, Malformed, Segment, Unrelated, parse
-from nfq_engine.core.rewrite import Rewrite, patch_segment
+from nfq_engine.core.one_way import Listener
+from nfq_engine.core.packet import Endpoint, FlowTuple, IcmpError, Malformed, Protocol, Segment, Unrelated, parse
 from nfq_engine.core.sockref import Flag, Sockref
 from nfq_engine.core.surroundings import Chance, Interfaces
 from nfq_engine.core.tproxy_table import Arrival, Deletion, TproxyTable, not_mapped
@@ -51,12 +51,14 @@ class Mapping:
 class FirstDecision:
     """The decision on a first packet, and the mapping that must be in place before the packet goes on.
 
-    `flow` is the packet's tuple, None when it was not read.
+    `flow` is the packet's tuple, None when it was not read. `is_kept`: it is a datagram of a connection that conntrack
+    has, so none for a one-way listener.
     """
 
     decision: Decision
     flow: FlowTuple | None = None
     mapping: Mapping | None = None
+    is_kept: bool = False
 
 
 class KernelEngine(TproxyTable):
@@ -149,6 +151,19 @@ class KernelEngine(TproxyTable):
         for connection in related:
             self._forget(connection)
 
+    def delete_redirects(self, listener: Listener) -> None:
+        """Delete the connections that rules redirected to what is now a one-way listener."""
+        self._conntrack.delete(
+            [
+                entry
+                for entry in self._conntrack.ours()
+                if entry.original.protocol is Protocol.UDP
+                and entry.inside != entry.original
+                and listener.hears(entry.inside.destination)
+                and not self.sockrefs_of(entry)
+            ]
+        )
+
     def _is_of(self, entry: Tracked, sockref: Sockref) -> bool:
         """Did a mapping of this sockref make an entry? Orphans may have the same addresses as a living one."""
         connection, _ = self._reported.get(entry.original, (None, None))
@@ -176,18 +191,29 @@ class KernelEngine(TproxyTable):
 
     def _decide_destination(self, arrival: Arrival, segment: Segment) -> FirstDecision:
         """Find the destination that a sockref or a rule gives a new connection."""
+        flow = segment.flow
+        if self.listeners and flow.protocol is Protocol.UDP and self._is_under_way(flow):
+            return FirstDecision(Decision(Verdict.ACCEPT, Reason.ESTABLISHED), flow, is_kept=True)
         target = self.destination_target(arrival, segment)
         if isinstance(target, Decision):
             return FirstDecision(target)
-        flow, sockref = segment.flow, target.sockref
+        if self.is_one_way(flow, target):
+            return FirstDecision(self.pass_one_way(arrival, segment, target), flow)
+        sockref = target.sockref
         inside = FlowTuple(flow.protocol, flow.source, target.to)
-        if sockref is not None and sockref.has(Flag.UNIDIR):
-            payload = patch_segment(arrival.data, segment, Rewrite.between(flow, inside))
-            return FirstDecision(Decision(Verdict.ACCEPT, Reason.UNIDIR, payload, is_marked=True), flow)
         if sockref is not None:
             self._wait(Connection(flow, inside, arrival.now), sockref)
         decision = Decision(Verdict.ACCEPT, target.reason, is_marked=target.is_marked, detail=target.rule)
         return FirstDecision(decision, flow, Mapping(Stage.DESTINATION, flow, target.to) if inside != flow else None)
+
+    def _is_under_way(self, flow: FlowTuple) -> bool:
+        """Has conntrack a connection that this datagram belongs to, which came here before conntrack saw it?
+
+        Datagrams that rules could redirect to a one-way listener do. An entry that maps nothing and was never answered
+        decides nothing: the next packet of such a connection counts as new for conntrack, too.
+        """
+        entry = self._conntrack.find(flow)
+        return entry is not None and (entry.is_mapped or entry.is_replied or flow != entry.original)
 
     def _decide_source(self, arrival: Arrival, segment: Segment, connection: Connection | None) -> FirstDecision:
         """Find the source that a sockref gives a new connection; `connection`: it was met at the destination stage."""

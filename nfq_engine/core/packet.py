@@ -52,6 +52,8 @@ ICMP_HEADER: Final = 8
 # Offset of the checksum inside the transport header.
 CHECKSUM_OFFSET: Final = {Protocol.TCP: 16, Protocol.UDP: 6}
 
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # what stands before an IPv4 address in IPv6
+
 _IPV4_MORE: Final = 0x2000
 _IPV4_OFFSET: Final = 0x1FFF
 
@@ -77,6 +79,11 @@ class Endpoint:
     def of(cls, address: str, port: int) -> Endpoint:
         """The endpoint of an address in text; ValueError when it is none."""
         return cls(ipaddress.ip_address(address).packed, port)
+
+    @property
+    def unmapped(self) -> Endpoint:
+        """The IPv4 endpoint, if this is one mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
+        return Endpoint(self.address[12:], self.port) if self.address.startswith(_MAPPED) else self
 
     @property
     def is_unspecified(self) -> bool:

@@ -31,11 +31,13 @@ from nfq_engine.core.conntrack import (
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.hotpath import HotPath
 from nfq_engine.core.nat import Allocator, Choice, PortRange, Taken
+from nfq_engine.core.one_way import Listener
 from nfq_engine.core.packet import (
     FlowTuple,
     Hook,
     IcmpError,
     Malformed,
+    Protocol,
     Segment,
     Unrelated,
     parse,
@@ -91,6 +93,18 @@ class Engine(TproxyTable):
                 doomed = [connection for connection in self.connections if sockref in connection.sockrefs]
             case _:
                 assert_never(self._deletion)
+        for connection in doomed:
+            self.forget(connection)
+
+    def delete_redirects(self, listener: Listener) -> None:
+        """Delete the connections that rules redirected to what is now a one-way listener."""
+        doomed = [
+            connection
+            for connection in self.connections
+            if connection.rule
+            and connection.inside.protocol is Protocol.UDP
+            and listener.hears(connection.inside.destination)
+        ]
         for connection in doomed:
             self.forget(connection)
 
@@ -153,12 +167,21 @@ class Engine(TproxyTable):
             return Decision(Verdict.ACCEPT, Reason.NO_CONNECTION, detail=str(segment.flow))
         if stage is Stage.DESTINATION:
             return self._decide_destination(arrival, segment)
-        # It came by no hook of ours before, as packets do that were under way when the engine started.
         flow, may_displace = segment.flow, segment.is_syn
+        if self._is_for_one_way(flow):
+            return Decision(Verdict.ACCEPT, Reason.UNIDIR, is_marked=True)
+        # It came by no hook of ours before, as packets do that were under way when the engine started.
         choice = self.allocator.destination(flow, flow.destination, may_displace=may_displace, may_move=False)
         if isinstance(choice, Taken):
             return not_mapped(choice, flow, flow.destination)
         return self._decide_source(arrival, segment, self._enter(flow, choice, arrival.now))
+
+    def _is_for_one_way(self, flow: FlowTuple) -> bool:
+        """Is it a datagram of this host's own that OUTPUT has translated by itself, and that nobody maps here?"""
+        if flow.protocol is not Protocol.UDP or self.source_sockref(flow) is not None:
+            return False
+        at_local = self.sockrefs.at_local(flow.protocol, flow.destination)
+        return any(sockref.is_one_way for sockref in at_local) or self.listeners.hear(flow.destination)
 
     # The destination stage: PREROUTING and OUTPUT.
 
@@ -168,9 +191,8 @@ class Engine(TproxyTable):
         if isinstance(target, Decision):
             return target
         flow, sockref = segment.flow, target.sockref
-        if sockref is not None and sockref.is_one_way:
-            rewrite = Rewrite.between(flow, FlowTuple(flow.protocol, flow.source, target.to))
-            return Decision(Verdict.ACCEPT, Reason.UNIDIR, patch_segment(arrival.data, segment, rewrite), True)
+        if self.is_one_way(flow, target):
+            return self.pass_one_way(arrival, segment, target)
         choice = self.allocator.destination(
             flow,
             target.to,

@@ -12,6 +12,7 @@ import errno
 from dataclasses import dataclass
 from typing import Final
 
+from nfq_engine.core.one_way import Listener
 from nfq_engine.core.option import (
     SHORTEST,
     Operation,
@@ -29,6 +30,7 @@ VERSION: Final = (2, 0, 0)
 
 _KINDS: Final = Flag.CONNECT | Flag.LISTEN | Flag.ESTABLISHED
 _SETTABLE: Final = _KINDS | Flag.ONCE | Flag.UNIDIR
+_ONE_WAY: Final = Flag.LISTEN | Flag.UNIDIR
 _SHOWN: Final = _SETTABLE | Flag.MARK_ONLY | Flag.APPLIED
 
 
@@ -37,7 +39,8 @@ class Socket:
     """What the engine must know of the calling socket: the kernel's facts, none of the caller's claims.
 
     `local` has port 0 or an unspecified address while the socket is not bound to something definite; `is_privileged`
-    says that the caller has CAP_NET_ADMIN over the network namespace.
+    says that the caller has CAP_NET_ADMIN over the network namespace; `takes_ipv4`, that an IPv6 socket is no IPv6-only
+    one.
     """
 
     cookie: int
@@ -47,6 +50,7 @@ class Socket:
     has_reuse_address: bool
     is_privileged: bool
     owner: int
+    takes_ipv4: bool = False
 
 
 class SocketApi:
@@ -66,9 +70,9 @@ class SocketApi:
             case Operation.ASSIGN:
                 return self._assign(socket, unpack_address(argument, len(socket.local.address)), now)
             case Operation.UNASSIGN:
-                return self.closed(socket.cookie)
+                return self._unassign(socket.cookie)
             case Operation.FLAGS:
-                return self._set_flags(socket, unpack_number(argument))
+                return self._set_flags(socket, unpack_number(argument), now)
             case Operation.ALLOC:
                 return self._allocate(socket)
             case Operation.CONNECT:
@@ -93,7 +97,12 @@ class SocketApi:
             return pack_address(Operation.QUERY, sockref.foreign)
         return pack_number(Operation.FLAGS, sockref.flags & _SHOWN)
 
-    def closed(self, cookie: int) -> int:
+    def closed(self, cookie: int) -> None:
+        """A socket was closed."""
+        self._table.listeners.discard(cookie)
+        self._unassign(cookie)
+
+    def _unassign(self, cookie: int) -> int:
         """A socket gives its assignment back, or was closed."""
         sockref = self._sockrefs.leave(cookie)
         if sockref is None:
@@ -169,11 +178,11 @@ class SocketApi:
             )
         )
 
-    def _set_flags(self, socket: Socket, wanted: int) -> int:
+    def _set_flags(self, socket: Socket, wanted: int, now: float) -> int:
         """Say what the sockref is for; connections it made so far are looked up afresh."""
         sockref = self._sockrefs.of_socket(socket.cookie)
         if sockref is None:
-            return errno.ENOENT
+            return self._listen_one_way(socket, now) if wanted == _ONE_WAY else errno.ENOENT
         kind = wanted & _KINDS
         if wanted & ~_SETTABLE or kind not in (Flag.CONNECT, Flag.LISTEN, Flag.ESTABLISHED):
             return errno.EINVAL
@@ -185,6 +194,16 @@ class SocketApi:
             return errno.EINVAL
         self._table.delete_related(sockref)
         self._sockrefs.set_flags(sockref, Flag(wanted) | sockref.flags & Flag.CONNECT_ONLY)
+        return 0
+
+    def _listen_one_way(self, socket: Socket, now: float) -> int:
+        """Have what rules redirect to a bound UDP socket without a sockref translated datagram by datagram."""
+        if socket.protocol is not Protocol.UDP or not socket.local.port:
+            return errno.ENOENT
+        if socket.cookie not in self._table.listeners:
+            listener = Listener(socket.cookie, socket.local, socket.takes_ipv4, socket.owner, now)
+            self._table.delete_redirects(listener)
+            self._table.listeners.add(listener)
         return 0
 
     def _allocate(self, socket: Socket) -> int:

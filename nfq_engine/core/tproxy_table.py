@@ -16,7 +16,9 @@ from nfq_engine.core import ruleset
 from nfq_engine.core.conntrack import Connection
 from nfq_engine.core.decision import Counters, Decision, Reason, Verdict
 from nfq_engine.core.nat import PortRange, Taken
-from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Segment
+from nfq_engine.core.one_way import Listener, Listeners, Origins, digest_of, payload_of
+from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol, Segment
+from nfq_engine.core.rewrite import Rewrite, patch_segment
 from nfq_engine.core.ruleset import BuiltinChain, RulePacket, Ruleset
 from nfq_engine.core.sockref import Flag, Sockref, SockrefTable
 from nfq_engine.core.surroundings import Chance, Interfaces
@@ -64,6 +66,8 @@ class TproxyTable(ABC):
 
     def __init__(self, interfaces: Interfaces, chance: Chance, ports: PortRange) -> None:
         self.sockrefs = SockrefTable()
+        self.listeners = Listeners()
+        self.origins = Origins()
         self.ruleset = Ruleset(chance)
         self.counters = Counters()
         self.chance = chance
@@ -73,6 +77,10 @@ class TproxyTable(ABC):
     @abstractmethod
     def delete_related(self, sockref: Sockref) -> None:
         """Delete the connections that a sockref's mappings made; the next packet of each is looked up afresh."""
+
+    @abstractmethod
+    def delete_redirects(self, listener: Listener) -> None:
+        """Delete the connections that rules redirected to what is now a one-way listener."""
 
     def destination_target(self, arrival: Arrival, segment: Segment) -> Target | Decision:
         """What the destination stage wants: a sockref's local address, a rule's, or none but the packet's own."""
@@ -94,6 +102,24 @@ class TproxyTable(ABC):
     def source_sockref(self, flow: FlowTuple) -> Sockref | None:
         """The sockref that a new connection's source belongs to, at OUTPUT and POSTROUTING."""
         return self.sockrefs.find_local(flow.protocol, flow.source, flow.destination, _may_send)
+
+    def is_one_way(self, flow: FlowTuple, target: Target) -> bool:
+        """Is a datagram translated by itself, with no connection? Its sockref says so, or the listener that a rule's
+        redirect leads to."""
+        if target.sockref is not None:
+            return target.sockref.is_one_way
+        is_redirect = flow.protocol is Protocol.UDP and target.reason is Reason.REDIRECT
+        return is_redirect and self.listeners.hear(target.to)
+
+    def pass_one_way(self, arrival: Arrival, segment: Segment, target: Target) -> Decision:
+        """Rewrite a datagram that is translated by itself."""
+        flow = segment.flow
+        inside = FlowTuple(flow.protocol, flow.source, target.to)
+        if inside == flow:
+            return Decision(Verdict.ACCEPT, Reason.UNIDIR, is_marked=True, detail=target.rule)
+        self.origins.note(flow, inside, digest_of(payload_of(arrival.data, segment)), arrival.now)
+        payload = patch_segment(arrival.data, segment, Rewrite.between(flow, inside))
+        return Decision(Verdict.ACCEPT, Reason.UNIDIR, payload, is_marked=True, detail=target.rule)
 
     def is_reserved(self, final: FlowTuple) -> bool:
         """Is the source of this tuple some sockref's foreign endpoint, so that NAT must not pick it?"""

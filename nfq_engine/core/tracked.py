@@ -25,7 +25,8 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """One entry. `identifier` tells it from a later one with the same tuples; `expires_in` is in seconds.
+    """One entry. `identifier` tells it from a later one with the same tuples; `expires_in` is in seconds; `is_replied`:
+    a packet of the reply direction has been seen.
 
     Both traffics are None while the kernel does not account (net.netfilter.nf_conntrack_acct).
     """
@@ -36,6 +37,7 @@ class Tracked:
     mark: int
     state: State
     expires_in: int
+    is_replied: bool = False
     original_traffic: Traffic | None = None
     reply_traffic: Traffic | None = None
 

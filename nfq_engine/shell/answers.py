@@ -18,7 +18,7 @@ from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
 from nfq_engine.shell.datapath import Datapath
-from nfq_engine.shell.forms import endpoint_from, sockref_form
+from nfq_engine.shell.forms import endpoint_from, listener_form, sockref_form
 from nfq_engine.shell.supervisor_caller import user_namespaces_over_network
 
 _Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Message]
@@ -94,10 +94,21 @@ class Answers:
         else:
             protocol = Protocol(request["protocol"])
             local, peer = endpoint_from(request["local"]), endpoint_from(request["peer"])
-        original = self._datapath.original_destination(FlowTuple(protocol, peer, local))
+        original = self._original(FlowTuple(protocol, peer, local), request.get("digest"))
         if original is None:
             raise OSError(errno.ENOENT, "no mapped connection has these addresses")
-        return {"address": original.address.hex(), "port": original.port}
+        return {
+            "destination": [original.destination.address.hex(), original.destination.port],
+            "source": [original.source.address.hex(), original.source.port],
+        }
+
+    def _original(self, inside: FlowTuple, digest: int | None) -> FlowTuple | None:
+        """How a packet arrived that a socket got as `inside`: a one-way datagram, told by its digest, or another."""
+        if digest is not None and inside.protocol is Protocol.UDP:
+            original = self._table.origins.ask(inside, int(digest), time.monotonic())
+            if original is not None:
+                return original
+        return self._datapath.original(inside)
 
     # The ruleset.
 
@@ -123,7 +134,8 @@ class Answers:
     # Looking inside.
 
     def _sockrefs(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
-        return {"sockrefs": [sockref_form(entry) for entry in self._table.sockrefs]}
+        entries = [sockref_form(entry) for entry in self._table.sockrefs]
+        return {"sockrefs": entries + [listener_form(entry) for entry in self._table.listeners]}
 
     def _connections(self, caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)

@@ -55,7 +55,9 @@ _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _PROTOINFO_TCP, _TCP_STATE = 1, 1
 _PACKETS, _BYTES = 1, 2
 
-_IPS_ASSURED: Final = 1 << 2  # linux/netfilter/nf_conntrack_common.h
+# linux/netfilter/nf_conntrack_common.h
+_IPS_SEEN_REPLY: Final = 1 << 1
+_IPS_ASSURED: Final = 1 << 2
 
 # enum tcp_conntrack (linux/netfilter/nf_conntrack_tcp.h)
 _TCP_STATES: Final = (
@@ -157,6 +159,7 @@ def parse_entry(data: bytes, at: int, end: int) -> Tracked | None:
         mark=_number(data, found.get(_MARK)),
         state=_state(data, found, original.protocol),
         expires_in=_number(data, found.get(_TIMEOUT)),
+        is_replied=bool(_number(data, found.get(_STATUS)) & _IPS_SEEN_REPLY),
         original_traffic=_traffic(data, found.get(_COUNTERS_ORIGINAL)),
         reply_traffic=_traffic(data, found.get(_COUNTERS_REPLY)),
     )

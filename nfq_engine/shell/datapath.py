@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from nfq_engine import wire
 from nfq_engine.core.decision import Decision, Reason, Verdict
-from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, claimed_length
+from nfq_engine.core.packet import FlowTuple, Hook, claimed_length
 from nfq_engine.core.tproxy_table import Arrival, TproxyTable
 from nfq_engine.shell.divert import Layout
 from nfq_engine.shell.interfaces import HostInterfaces
@@ -88,8 +88,8 @@ class Datapath(ABC):
         """How many there are."""
 
     @abstractmethod
-    def original_destination(self, inside: FlowTuple) -> Endpoint | None:
-        """Where the mapped connection was going that a local socket sees as `inside`; None: there is no such."""
+    def original(self, inside: FlowTuple) -> FlowTuple | None:
+        """How the mapped connection arrived that a local socket sees as `inside`; None: there is no such."""
 
     # What both do.
 

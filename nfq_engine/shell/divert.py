@@ -23,7 +23,9 @@ are put in just before the packet is let go (kernel_nat.py).
 
 Datagrams for one-way listeners (UNIDIR) are diverted at -300, rewritten there, and kept from conntrack at -299, so that
 no state is kept of them. The listener's foreign endpoint may be shared with sockrefs that are narrowed to one peer:
-what has got a mapping there is in `tracked`, and left to conntrack.
+what has got a mapping there is in `tracked`, and left to conntrack. Where a one-way listener has no foreign endpoint,
+and rules redirect to it, datagrams that these rules could want are diverted at -300 for the same reason, and then not
+again at -130; the engine asks conntrack which of them belong to a connection.
 
 Removing a base chain drops whatever is queued in the namespace, and removing the last nat chain ends all translation,
 so the table is built once and stays until the end. A table left by an engine that was killed keeps diverting to a queue
@@ -50,6 +52,11 @@ UNTOUCHED: Final = ("untouched4", "untouched6")  # what POSTROUTING leaves alone
 TO_QUEUE: Final = "to_queue"
 # The chains that follow the ruleset (narrowing.py); until they do, they want everything.
 WANTED: Final = {BuiltinChain.PREROUTING: "wanted_prerouting", BuiltinChain.OUTPUT: "wanted_output"}
+# The chains that follow the ruleset and the one-way listeners: what may be redirected to one of them is diverted before
+# conntrack sees it, and then no second time; what has come to a listener's port is kept from conntrack.
+ONE_WAY: Final = {BuiltinChain.PREROUTING: "one_way_prerouting", BuiltinChain.OUTPUT: "one_way_output"}
+DECIDED: Final = {BuiltinChain.PREROUTING: "decided_prerouting", BuiltinChain.OUTPUT: "decided_output"}
+UNTRACK: Final = "untrack_listeners"
 _ICMP_ERRORS: Final = "destination-unreachable, source-quench, redirect, time-exceeded, parameter-problem"
 _ICMPV6_ERRORS: Final = "destination-unreachable, packet-too-big, time-exceeded, parameter-problem"
 
@@ -68,7 +75,8 @@ _MAP_SIZE: Final = 65536  # elements; each is there for the packets of one turn
 _MAP_TIMEOUT: Final = "10s"
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
 _TUPLE: Final = "meta l4proto . {0} saddr . th sport . {0} daddr . th dport"
-_ONE_WAY: Final = "{1} daddr . udp dport @one_way{0} {1} saddr . udp sport . {1} daddr . udp dport != @tracked{0} {2}"
+_PAIR: Final = "{0} saddr . udp sport . {0} daddr . udp dport"
+_ONE_WAY: Final = f"{{1}} daddr . udp dport @one_way{{0}} {_PAIR.format('{1}')} != @tracked{{0}} {{2}}"
 
 
 class DivertError(Exception):
@@ -163,11 +171,23 @@ table inet {TABLE} {{
         meta l4proto . ip saddr . th sport @local4 jump {TO_QUEUE}
         meta l4proto . ip6 saddr . th sport @local6 jump {TO_QUEUE}
     }}
+    chain {ONE_WAY[BuiltinChain.PREROUTING]} {{
+    }}
+    chain {ONE_WAY[BuiltinChain.OUTPUT]} {{
+    }}
+    chain {DECIDED[BuiltinChain.PREROUTING]} {{
+    }}
+    chain {DECIDED[BuiltinChain.OUTPUT]} {{
+    }}
+    chain {UNTRACK} {{
+    }}
     chain first_prerouting {{
+        jump {DECIDED[BuiltinChain.PREROUTING]}
         jump to_foreign
         jump {WANTED[BuiltinChain.PREROUTING]}
     }}
     chain first_output {{
+        jump {DECIDED[BuiltinChain.OUTPUT]}
         jump to_foreign
         jump from_local
         jump {WANTED[BuiltinChain.OUTPUT]}
@@ -175,10 +195,26 @@ table inet {TABLE} {{
     chain one_way {{
         {_ONE_WAY.format(4, "ip", f"jump {TO_QUEUE}")}
         {_ONE_WAY.format(6, "ip6", f"jump {TO_QUEUE}")}
+        {_PAIR.format("ip")} @tracked4 accept
+        {_PAIR.format("ip6")} @tracked6 accept
+    }}
+    chain raw_prerouting {{
+        type filter hook prerouting priority -300; policy accept;
+        meta l4proto != udp accept
+        iif lo {is_marked} accept
+        jump one_way
+        jump {ONE_WAY[BuiltinChain.PREROUTING]}
+    }}
+    chain raw_output {{
+        type filter hook output priority -300; policy accept;
+        meta l4proto != udp accept
+        jump one_way
+        jump {ONE_WAY[BuiltinChain.OUTPUT]}
     }}
     chain untrack {{
         ip daddr . udp dport @one_way_local4 notrack
         ip6 daddr . udp dport @one_way_local6 notrack
+        jump {UNTRACK}
     }}
     chain to_destination {{
         ct mark set ct mark | {mark:#x}
@@ -190,8 +226,6 @@ table inet {TABLE} {{
         snat ip to {_TUPLE.format("ip")} map @source4
         snat ip6 to {_TUPLE.format("ip6")} map @source6
     }}
-    {_base_chain("raw_prerouting", "filter hook prerouting priority -300", "meta l4proto udp jump one_way")}
-    {_base_chain("raw_output", "filter hook output priority -300", "meta l4proto udp jump one_way")}
     {_base_chain("untrack_prerouting", "filter hook prerouting priority -299", f"{is_marked} jump untrack")}
     {_base_chain("untrack_output", "filter hook output priority -299", f"{is_marked} jump untrack")}
     chain prerouting {{
@@ -243,7 +277,7 @@ def _sets_text() -> str:
 
 INLINE: Final = Layout("layout_inline_2", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
 KERNEL: Final = Layout(
-    "layout_kernel_1",
+    "layout_kernel_2",
     tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),
     _kernel_text,
 )

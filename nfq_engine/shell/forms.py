@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from nfq_engine import wire
-from nfq_engine.core.packet import Endpoint, FlowTuple
-from nfq_engine.core.sockref import Sockref
+from nfq_engine.core.one_way import Listener
+from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
+from nfq_engine.core.sockref import Flag, Sockref
 
 
 def endpoint_from(value: Any) -> Endpoint:
@@ -43,3 +44,12 @@ def sockref_form(sockref: Sockref) -> wire.Message:
         "hashed": sockref.hashed,
         "owner": sockref.owner,
     }
+
+
+def listener_form(listener: Listener) -> wire.Message:
+    """A one-way listener, which has no foreign address, as a sockref that is found by nothing."""
+    nobody = Endpoint(bytes(len(listener.local.address)), 0)
+    flags = Flag.LISTEN | Flag.UNIDIR
+    return sockref_form(
+        Sockref(Protocol.UDP, listener.local, nobody, nobody, {listener.cookie}, listener.since, flags, listener.owner)
+    )

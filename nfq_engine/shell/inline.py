@@ -13,7 +13,7 @@ from typing import Final
 from nfq_engine import wire
 from nfq_engine.core.conntrack import Connection, Direction, Stage
 from nfq_engine.core.decision import Reason
-from nfq_engine.core.packet import Endpoint, FlowTuple, Hook
+from nfq_engine.core.packet import FlowTuple, Hook
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.shell import divert
 from nfq_engine.shell.datapath import Datapath
@@ -94,12 +94,12 @@ class InlineDatapath(Datapath):
         """How many are in the engine's own table."""
         return len(self._engine.connections)
 
-    def original_destination(self, inside: FlowTuple) -> Endpoint | None:
+    def original(self, inside: FlowTuple) -> FlowTuple | None:
         """From the engine's own table."""
         entry = self._engine.connections.find(Stage.DESTINATION, inside.inverse())
         if entry is None or entry.direction is not Direction.REPLY or not entry.connection.is_mapped:
             return None
-        return entry.connection.original.destination
+        return entry.connection.original
 
     def _decide(self, packet: QueuedPacket, data: bytes) -> None:
         """The slow path."""

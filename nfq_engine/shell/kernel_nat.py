@@ -21,7 +21,7 @@ from nfq_engine import wire
 from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
-from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
+from nfq_engine.core.packet import FlowTuple, Hook, Protocol
 from nfq_engine.core.tracked import Tracked, Traffic
 from nfq_engine.shell import divert
 from nfq_engine.shell.ctnetlink import ConntrackNews, KernelConntrack
@@ -112,13 +112,13 @@ class KernelDatapath(Datapath):
         """How many entries carry our mark."""
         return len(self._conntrack.ours())
 
-    def original_destination(self, inside: FlowTuple) -> Endpoint | None:
+    def original(self, inside: FlowTuple) -> FlowTuple | None:
         """From the kernel's conntrack."""
         reply = inside.inverse()
         entry = self._conntrack.find(reply)
         if entry is None or entry.reply != reply or not entry.is_mapped or not entry.mark & self._mark:
             return None
-        return entry.original.destination
+        return entry.original
 
     def _handle(self, packet: QueuedPacket) -> None:
         data = packet.get_payload()

@@ -13,15 +13,15 @@ from __future__ import annotations
 import logging
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from nfq_engine.core.packet import Endpoint, Protocol
-from nfq_engine.core.rule_values import BuiltinChain, Chain, Entry, Policy, Term
+from nfq_engine.core.rule_values import BuiltinChain, Chain, Entry, Jump, Policy, Term, Tproxy
 from nfq_engine.core.sockref import Flag, Sockref
 from nfq_engine.core.tproxy_table import TproxyTable
 from nfq_engine.shell import nftables
-from nfq_engine.shell.divert import TABLE, TO_QUEUE, WANTED
+from nfq_engine.shell.divert import DECIDED, ONE_WAY, TABLE, TO_QUEUE, UNTRACK, WANTED
 from nfq_engine.shell.nftables import Element, NftError, NftSocket
 
 log: Final = logging.getLogger("tproxyd")
@@ -53,14 +53,16 @@ class Diversion:
         self._present: set[_Member] = set()  # what is in the kernel
         self._doubtful: set[_Member] = set()  # what may have to be added or removed
         self._chains: object = None  # of the ruleset, when it was looked at last
-        self._rules: dict[BuiltinChain, list[str]] = {}
+        # By chain, as they were put in last; in the beginning these are empty.
+        self._rules: dict[str, list[str]] = {chain: [] for chain in (*ONE_WAY.values(), *DECIDED.values(), UNTRACK)}
+        self._ports: frozenset[int] = frozenset()  # of the one-way listeners, when they were looked at last
         table.sockrefs.on_change = self._note
 
     def adjust(self) -> None:
         """Bring the kernel up to what changed."""
         if self._changed or self._doubtful:
             self._adjust_sets()
-        if self._table.ruleset.chains is not self._chains:
+        if self._table.ruleset.chains is not self._chains or self._table.listeners.ports is not self._ports:
             self._adjust_chains()
 
     def is_one_way(self, endpoint: Endpoint) -> bool:
@@ -97,22 +99,33 @@ class Diversion:
         self._doubtful.clear()
 
     def _adjust_chains(self) -> None:
-        """Fill the chains for the built-in chains whose rules ask for something else than before."""
-        chains = self._table.ruleset.chains
-        text = ""
+        """Fill the chains whose rules ask for something else than before."""
+        self._chains, self._ports = self._table.ruleset.chains, self._table.listeners.ports
+        wanted: dict[str, list[str]] = {}
         for name in BuiltinChain:
-            rules = list(_rules(chains[name]))
-            if rules != self._rules.get(name):
-                text += _filled(name, rules)
-                self._rules[name] = rules
-        if text:
-            try:
-                nftables.run(text)
-            except NftError as error:
-                log.error("the chains of %s could not be narrowed, so all comes to the queue: %s", TABLE, error)
-                nftables.run("".join(_filled(name, [""]) for name in BuiltinChain))
-                self._rules.clear()
-        self._chains = chains
+            chain = self._chains[name]
+            wanted[WANTED[name]] = [f"{condition} jump {TO_QUEUE}".lstrip() for condition in _conditions(chain)]
+            one_way = list(_one_way_conditions(chain, self._ports))
+            wanted[ONE_WAY[name]] = [f"{condition} jump {TO_QUEUE}" for condition in one_way]
+            wanted[DECIDED[name]] = [f"{condition} accept" for condition in one_way]
+        try:
+            self._fill(wanted)
+        except NftError as error:
+            log.error("the chains of %s could not be narrowed, so all comes to the queue: %s", TABLE, error)
+            self._rules.clear()
+            self._fill({chain: [f"jump {TO_QUEUE}"] if chain in WANTED.values() else [] for chain in wanted})
+            self._rules.clear()
+        try:
+            self._fill({UNTRACK: list(_untracked(self._ports))})
+        except NftError as error:
+            log.error("conntrack will keep state of datagrams that are redirected one-way: %s", error)
+
+    def _fill(self, wanted: dict[str, list[str]]) -> None:
+        """Put rules into the chains that have others; NftError, and no change, if nft refuses one."""
+        changed = {chain: rules for chain, rules in wanted.items() if rules != self._rules.get(chain)}
+        if changed:
+            nftables.run("".join(_filled(chain, rules) for chain, rules in changed.items()))
+            self._rules |= changed
 
 
 def _members(sockref: Sockref) -> Iterator[_Member]:
@@ -148,13 +161,13 @@ def _elements(members: Iterable[_Member]) -> dict[str, list[Element]]:
 # From rules to nft's.
 
 
-def _filled(name: BuiltinChain, rules: Iterable[str]) -> str:
-    """nft text that sends to the queue what fulfils one of these conditions."""
-    chain = f"inet {TABLE} {WANTED[name]}"
-    return f"flush chain {chain}\n" + "".join(f"add rule {chain} {rule} jump {TO_QUEUE}\n" for rule in rules)
+def _filled(chain: str, rules: Iterable[str]) -> str:
+    """nft text that gives a chain these rules and no other."""
+    name = f"inet {TABLE} {chain}"
+    return f"flush chain {name}\n" + "".join(f"add rule {name} {rule}\n" for rule in rules)
 
 
-def _rules(chain: Chain) -> Iterator[str]:
+def _conditions(chain: Chain) -> Iterator[str]:
     """What packets must fulfil that a built-in chain could want: one nft condition for each way to be wanted.
 
     What is behind a jump needs no look: it comes only to what the jump itself matches.
@@ -162,9 +175,40 @@ def _rules(chain: Chain) -> Iterator[str]:
     if chain.policy is Policy.DROP:
         yield ""
         return
+    yield from _conditions_of(chain, Protocol, lambda _: True)
+
+
+def _one_way_conditions(chain: Chain, ports: frozenset[int]) -> Iterator[str]:
+    """What datagrams must fulfil that a built-in chain could redirect to a one-way listener on one of these ports.
+
+    Of a jump, it is not looked at where it leads.
+    """
+    if ports:
+        yield from _conditions_of(chain, (Protocol.UDP,), lambda entry: _may_lead_to(entry, ports))
+
+
+def _may_lead_to(entry: Entry, ports: frozenset[int]) -> bool:
+    """Could a rule redirect to one of these ports? Port 0 is the datagram's own."""
+    match entry.rule.target:
+        case Tproxy(on_port):
+            return not on_port or on_port in ports
+        case Jump():
+            return True
+        case _:
+            return False
+
+
+def _untracked(ports: frozenset[int]) -> Iterator[str]:
+    """The rules that keep from conntrack what was redirected to one-way listeners."""
+    if ports:
+        yield f"udp dport {{ {', '.join(map(str, sorted(ports)))} }} fib daddr type local notrack"
+
+
+def _conditions_of(chain: Chain, protocols: Iterable[Protocol], wants: Callable[[Entry], bool]) -> Iterator[str]:
+    """What packets of these protocols must fulfil that the wanted rules of a chain could match."""
     ports: dict[str, list[tuple[int, int]]] = {}
-    for entry in chain.entries:
-        for protocol in Protocol:
+    for entry in filter(wants, chain.entries):
+        for protocol in protocols:
             first = max(entry.compiled.first, protocol << 16)
             last = min(entry.compiled.last, protocol << 16 | _LAST_PORT)
             if first <= last:

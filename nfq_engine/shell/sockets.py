@@ -61,6 +61,8 @@ def describe(descriptor: int, namespace: tuple[int, int], *, is_privileged: bool
             has_reuse_address=bool(handed.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)),
             is_privileged=is_privileged,
             owner=os.fstat(descriptor).st_uid,
+            takes_ipv4=handed.family == socket.AF_INET6
+            and not handed.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
         )
 
 
@@ -78,10 +80,7 @@ def endpoint_of(name: tuple[str, int] | tuple[str, int, int, int]) -> Endpoint:
     """The endpoint that getsockname or getpeername tells; an IPv4 address mapped into IPv6 is the IPv4 address."""
     text, port = name[0].partition("%")[0], name[1]
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
-    address = socket.inet_pton(family, text)
-    if address.startswith(b"\0" * 10 + b"\xff\xff"):
-        address = address[12:]
-    return Endpoint(address, port)
+    return Endpoint(socket.inet_pton(family, text), port).unmapped
 
 
 def peer_of(descriptor: int) -> tuple[Endpoint, Endpoint]:

@@ -18,9 +18,8 @@ from typing import Final, TypeVar
 
 from nfq_engine.client import Tproxy
 from nfq_engine.core.option import IP_RECVORIGADDRS, IP_TPROXY
-from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.core.packet import Endpoint
 from nfq_engine.shell.seccomp import SOL_IP, SOL_IPV6, Direction
-from nfq_engine.shell.sockets import endpoint_of
 from nfq_engine.shell.supervisor import SocketCall, SocketReply
 from nfq_engine.shell.supervisor_receive import Datagram
 
@@ -102,24 +101,28 @@ class EngineHandler:
 
 
 class EngineReceiver:
-    """Asks the engine where each datagram was sent to."""
+    """Asks the engine who sent each datagram, and where to."""
 
     def __init__(self) -> None:
         self._engine = _Connection()
 
     def __call__(self, datagram: Datagram) -> bytes | None:
         """The control message's bytes: IPv4 only, as the struct is; None for what the engine did not translate."""
-        family, port, address = _IPV4_NAME.unpack_from(datagram.source.ljust(_IPV4_NAME.size, b"\0"))
-        if family != socket.AF_INET:
+        if len(datagram.local) != _IPV4_NAME.size:
             return None
-        peer = Endpoint(address, int.from_bytes(port, "big"))
-        with socket.socket(fileno=os.dup(datagram.socket_fd)) as taken:
-            local = endpoint_of(taken.getsockname())
+        peer, local = _endpoint(datagram.source), _endpoint(datagram.local)
         try:
-            meant = self._engine.ask(lambda engine: engine.original_destination_of(Protocol.UDP, local, peer))
+            original = self._engine.ask(lambda engine: engine.original_of(local, peer, datagram.data))
         except OSError:
             return None
-        return b"".join((address, meant.address, port, meant.port.to_bytes(2, "big")))
+        ends = original.source, original.destination
+        return b"".join((*(end.address for end in ends), *(end.port.to_bytes(2, "big") for end in ends)))
+
+
+def _endpoint(name: bytes) -> Endpoint:
+    """The endpoint in a struct sockaddr_in."""
+    _, port, address = _IPV4_NAME.unpack(name)
+    return Endpoint(address, int.from_bytes(port, "big"))
 
 
 def _name(call: SocketCall, endpoint: Endpoint) -> bytes:

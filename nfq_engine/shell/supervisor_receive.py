@@ -22,8 +22,8 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final, assert_never
@@ -45,6 +45,8 @@ _TIMEOUT: Final = Struct("=qq")  # struct timeval
 _NAME_SIZE_AT: Final = 8
 _CONTROL_SIZE_AT: Final = 40
 _FLAGS_AT: Final = 48
+_IP_RECVORIGDSTADDR: Final = 20
+_LOCAL_CONTROL: Final = 32  # bytes of its control message: the header, and a struct sockaddr_in
 _CONTROL_PADDING: Final = 4  # 12 bytes of addresses, to a multiple of 8
 _U32: Final = Struct("=I")
 _U64: Final = Struct("=Q")
@@ -57,10 +59,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Datagram:
-    """A datagram that a program is about to get: its socket (a copy), and the source address that recvmsg tells."""
+    """A datagram that a program is about to get: the addresses that recvmsg tells, and all that it carries.
 
-    socket_fd: int
+    `local` is where it was delivered to, which is more than the name of a socket that is bound to every address; empty
+    where there is no such (other families than IPv4).
+    """
+
     source: bytes  # a struct sockaddr
+    local: bytes  # a struct sockaddr
+    data: bytes
 
 
 Receiver = Callable[[Datagram], bytes | None]
@@ -227,33 +234,47 @@ class ReceivingCalls:
 
     def _receive(self, call: _Call) -> int:
         """Take a datagram and give it to the program: what the call returns. OSError as from recvmsg(2), or EFAULT."""
-        message, descriptor = call.message, call.taken.fileno()
-        vector = _OwnVector(ctypes.addressof(self._data), message.room)
-        header = _OwnMessage(
-            name=ctypes.addressof(self._name),
-            name_size=_NAME_SIZE,
-            vectors=ctypes.addressof(vector),
-            vector_count=1,
-            control=ctypes.addressof(self._control),
-            control_size=min(message.control_size, _LARGEST),
-        )
-        length: int = _libc.recvmsg(descriptor, ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
-        if length < 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
+        message = call.message
+        header, length, is_ours = self._take(call)
         name = ctypes.string_at(self._name, header.name_size)
-        control = ctypes.string_at(self._control, header.control_size)
+        control, local = _without_local(ctypes.string_at(self._control, header.control_size), is_ours)
         flags = header.flags
-        original = self._original_addresses(Datagram(descriptor, name))
+        if len(control) > message.control_size:
+            control, flags = control[: message.control_size], flags | socket.MSG_CTRUNC
+        original = self._original_addresses(Datagram(name, local, bytes(memoryview(self._data)[:length])))
         if original is not None:
             more, cut = _control_message(original, message.control_size - len(control))
             control += more
             flags |= cut
-        _write_message(call.caller, message, memoryview(self._data)[: min(length, message.room)], name, control, flags)
+        given = min(length, message.room)
+        if given < length:
+            flags |= socket.MSG_TRUNC
+        _write_message(call.caller, message, memoryview(self._data)[:given], name, control, flags)
+        returned = length if call.flags & socket.MSG_TRUNC else given
         if not call.is_many:
-            return length
-        call.caller.write(message.at + _MESSAGE.size, _U32.pack(length))
+            return returned
+        call.caller.write(message.at + _MESSAGE.size, _U32.pack(returned))
         return 1
+
+    def _take(self, call: _Call) -> tuple[_OwnMessage, int, bool]:
+        """Take all of a datagram into our own buffers: the message, its length, whether it has our control message."""
+        # Only a datagram has an end that the program may leave unread.
+        is_datagram = call.taken.type == socket.SOCK_DGRAM
+        vector = _OwnVector(ctypes.addressof(self._data), _LARGEST if is_datagram else call.message.room)
+        with _local_address_told(call.taken) as is_ours:
+            header = _OwnMessage(
+                name=ctypes.addressof(self._name),
+                name_size=_NAME_SIZE,
+                vectors=ctypes.addressof(vector),
+                vector_count=1,
+                control=ctypes.addressof(self._control),
+                control_size=min(call.message.control_size + is_ours * _LOCAL_CONTROL, _LARGEST),
+            )
+            length: int = _libc.recvmsg(call.taken.fileno(), ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
+            error = ctypes.get_errno()
+        if length < 0:
+            raise OSError(error, os.strerror(error))
+        return header, length, is_ours
 
     def _original_addresses(self, datagram: Datagram) -> bytes | None:
         """The receiver's word; a receiver that fails knows nothing."""
@@ -292,6 +313,32 @@ def _write_message(
     caller.write(message.control_at, control)
     caller.write(message.at + _CONTROL_SIZE_AT, _U64.pack(len(control)))
     caller.write(message.at + _FLAGS_AT, _U32.pack(flags))
+
+
+@contextmanager
+def _local_address_told(taken: socket.socket) -> Iterator[bool]:
+    """Have the kernel tell with a datagram where it was delivered to; True unless the program asked for that itself."""
+    is_ours = taken.family == socket.AF_INET and not taken.getsockopt(SOL_IP, _IP_RECVORIGDSTADDR)
+    if is_ours:
+        taken.setsockopt(SOL_IP, _IP_RECVORIGDSTADDR, 1)
+    try:
+        yield is_ours
+    finally:
+        if is_ours:
+            taken.setsockopt(SOL_IP, _IP_RECVORIGDSTADDR, 0)
+
+
+def _without_local(control: bytes, is_ours: bool) -> tuple[bytes, bytes]:
+    """The control messages for the program, and the struct sockaddr_in of where the datagram was delivered to."""
+    at = 0
+    while at + _CONTROL.size <= len(control):
+        length, level, kind = _CONTROL.unpack_from(control, at)
+        end = at + max(length + 7 & ~7, _CONTROL.size)
+        if (level, kind) == (SOL_IP, _IP_RECVORIGDSTADDR):
+            local = control[at + _CONTROL.size : at + length]
+            return (control[:at] + control[end:] if is_ours else control), local
+        at = end
+    return control, b""
 
 
 def _control_message(original: bytes, room: int) -> tuple[bytes, int]:

@@ -625,3 +625,12 @@ def test_connections_are_listed_with_counters_where_the_kernel_accounts(lab: Eng
     assert connection["rule"] == ""
     assert connection["inside"]["destination"]["port"] == 7000
     assert json.dumps(connection)
+
+
+def test_packets_that_nobody_counts_are_listed_as_a_dash(lab: EngineLab) -> None:
+    listener = foreign_listener(lab, 4)
+    peer_of(lab).send(b"12345")
+    listener.recvfrom(10)
+    [_, row] = lab.gateway.run(["tproxyctl", "connections"]).stdout.splitlines()
+    assert "- / -" in row
+    assert "None" not in row

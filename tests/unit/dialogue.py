@@ -86,11 +86,10 @@ class Dialogue:
         assert value == again
         return value
 
-    def close(self, socket: Socket) -> int:
+    def close(self, socket: Socket) -> None:
         """The socket was closed."""
-        errno, again = (api.closed(socket.cookie) for api in self._apis)
-        assert errno == again
-        return errno
+        for api in self._apis:
+            api.closed(socket.cookie)
 
     def assign(
         self,

@@ -14,8 +14,10 @@ from nfq_engine.core.conntrack import Stage, State
 from nfq_engine.core.decision import Reason, Verdict
 from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
 from nfq_engine.core.nat import PortRange
+from nfq_engine.core.option import Operation, pack_number
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.rule_text import parse_command
+from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.core.sockref import Flag, Sockref
 from nfq_engine.core.tproxy_table import Arrival, Deletion
 from nfq_engine.core.tracked import Tracked
@@ -152,6 +154,62 @@ def test_one_way_datagram_is_rewritten_and_no_connection(engine: KernelEngine) -
         2, "big"
     )
     assert not sockref.related
+
+
+def test_unidir_is_nothing_to_tcp(engine: KernelEngine) -> None:
+    add(engine, Flag.LISTEN | Flag.UNIDIR, protocol=Protocol.TCP)
+    of = flow(CLIENT, FOREIGN, Protocol.TCP)
+    assert decide(engine, Hook.PREROUTING, of).mapping == Mapping(Stage.DESTINATION, of, PROXY)
+
+
+def one_way(engine: KernelEngine) -> None:
+    engine.ruleset.apply(parse_command(shlex.split("-A PREROUTING -p udp -j TPROXY --on-port 50080")))
+    socket = Socket(1, Protocol.UDP, Endpoint(bytes(4), 50080), False, False, False, 0)
+    assert SocketApi(engine).set(socket, pack_number(Operation.FLAGS, Flag.LISTEN | Flag.UNIDIR), 0.0) == 0
+
+
+def test_redirect_to_a_one_way_listener_is_rewritten_and_no_connection(engine: KernelEngine) -> None:
+    one_way(engine)
+    first = decide(engine, Hook.PREROUTING, flow(CLIENT, SERVER))
+    assert (first.decision.reason, first.mapping) == (Reason.UNIDIR, None)
+    assert first.decision.payload == packet(flow(CLIENT, PROXY))
+    of = flow(CLIENT, SERVER, Protocol.TCP)
+    assert decide(engine, Hook.PREROUTING, of).decision.reason is Reason.NO_MAPPING
+
+
+@pytest.mark.parametrize(
+    ("original", "inside", "is_replied", "reason"),
+    [
+        (flow(SERVER, CLIENT), flow(SERVER, CLIENT), False, Reason.ESTABLISHED),
+        (flow(CLIENT, SERVER), flow(CLIENT, SERVER), True, Reason.ESTABLISHED),
+        (flow(CLIENT, SERVER), flow(CLIENT, FOREIGN), False, Reason.ESTABLISHED),
+        (flow(CLIENT, SERVER), flow(CLIENT, SERVER), False, Reason.UNIDIR),
+    ],
+    ids=["an answer", "answered", "mapped", "never answered nor mapped"],
+)
+def test_datagram_of_a_connection_is_none_for_a_one_way_listener(
+    engine: KernelEngine,
+    conntrack: FakeConntrack,
+    original: FlowTuple,
+    inside: FlowTuple,
+    is_replied: bool,
+    reason: Reason,
+) -> None:
+    one_way(engine)
+    conntrack.entries = [replace(conntrack.add(original, inside), is_replied=is_replied)]
+    first = decide(engine, Hook.PREROUTING, flow(CLIENT, SERVER))
+    assert (first.decision.reason, first.is_kept) == (reason, reason is Reason.ESTABLISHED)
+
+
+def test_redirects_to_what_becomes_a_one_way_listener_are_deleted(
+    engine: KernelEngine, conntrack: FakeConntrack
+) -> None:
+    redirected = conntrack.add(flow(CLIENT, SERVER), flow(CLIENT, PROXY))
+    conntrack.add(flow(CLIENT, FOREIGN), flow(CLIENT, Endpoint(PROXY.address, 1)))
+    conntrack.add(flow(CLIENT, PROXY), flow(CLIENT, PROXY))
+    conntrack.add(flow(CLIENT, SERVER, Protocol.TCP), flow(CLIENT, PROXY, Protocol.TCP))
+    one_way(engine)
+    assert conntrack.deleted == [redirected]
 
 
 def test_one_way_datagram_that_came_cut_is_dropped(engine: KernelEngine) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 from nfq_engine.core.nat import PortRange
+from nfq_engine.core.one_way import Listener
 from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.rule_text import parse_command
@@ -118,7 +119,7 @@ def test_what_rules_want(
 def test_policy_drop_wants_everything(table: Engine, diversion: Diversion, texts: list[str]) -> None:
     table.ruleset.apply(parse_command(["-P", "OUTPUT", "DROP"]))
     diversion.adjust()
-    assert "add rule inet nfq_tproxy wanted_output  jump to_queue" in texts[0]
+    assert "add rule inet nfq_tproxy wanted_output jump to_queue" in texts[0]
 
 
 def test_chains_are_changed_only_if_something_else_is_wanted(
@@ -145,7 +146,7 @@ def test_refused_chains_want_everything(
     monkeypatch.setattr(nftables, "run", refuse_conditions)
     table.ruleset.apply(parse_command(shlex.split("-A PREROUTING -p tcp -j ACCEPT")))
     diversion.adjust()
-    assert "add rule inet nfq_tproxy wanted_prerouting  jump to_queue" in texts[0]
+    assert "add rule inet nfq_tproxy wanted_prerouting jump to_queue" in texts[0]
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,39 @@ def test_refused_change_is_tried_again(table: Engine, diversion: Diversion, nft:
     assert nft.names == []
     diversion.adjust()
     assert nft.transactions == 4
+
+
+ONE_WAY = [
+    ([], []),
+    (["-p udp --dport 53 -j TPROXY --on-port 5000"], ["meta l4proto udp th dport { 53-53 }"]),
+    (["-p udp --dport 53 -j TPROXY --on-port 5001"], []),
+    (["-p udp --dport 53 -j TPROXY --on-port 0"], ["meta l4proto udp th dport { 53-53 }"]),
+    (["-p tcp --dport 53 -j TPROXY --on-port 5000"], []),
+    (["-i eth0 -j own", "-p udp -j ACCEPT", "-p tcp -j own"], ['iifname "eth0" meta l4proto udp']),
+]
+
+
+@pytest.mark.parametrize(("rules", "conditions"), ONE_WAY)
+def test_what_could_go_to_a_one_way_listener_comes_before_conntrack_and_once(
+    table: Engine, diversion: Diversion, texts: list[str], rules: list[str], conditions: list[str]
+) -> None:
+    table.ruleset.apply(parse_command(["-N", "own"]))
+    for rule in rules:
+        table.ruleset.apply(parse_command(["-A", "PREROUTING", *shlex.split(rule)]))
+    diversion.adjust()
+    texts.clear()
+    table.listeners.add(Listener(1, Endpoint.of("0.0.0.0", 5000), takes_ipv4=False, owner=0, since=0.0))
+    diversion.adjust()
+    lines = [line.removeprefix("add rule inet nfq_tproxy ") for text in texts for line in text.splitlines()]
+    assert [line for line in lines if line.startswith("one_way_prerouting ")] == [
+        f"one_way_prerouting {condition} jump to_queue" for condition in conditions
+    ]
+    assert [line for line in lines if line.startswith("decided_prerouting ")] == [
+        f"decided_prerouting {condition} accept" for condition in conditions
+    ]
+    assert "untrack_listeners udp dport { 5000 } fib daddr type local notrack" in lines
+    texts.clear()
+    table.listeners.discard(1)
+    diversion.adjust()
+    assert "add rule" not in "".join(texts)
+    assert "flush chain inet nfq_tproxy untrack_listeners" in "".join(texts)

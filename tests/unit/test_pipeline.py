@@ -11,6 +11,7 @@ from nfq_engine.core.decision import Reason, Verdict
 from nfq_engine.core.option import Operation, pack_address, pack_number
 from nfq_engine.core.packet import Endpoint, Hook, Protocol
 from nfq_engine.core.sockref import Flag
+from nfq_engine.core.tproxy_table import LOOPBACK
 
 RULES = (
     "-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 50080",
@@ -277,6 +278,75 @@ def test_unidir_translates_each_datagram_and_keeps_no_state(world: Dialogue, ver
         assert world.send(Hook.PREROUTING, asked) == (Reason.UNIDIR, inside)
     assert len(world.engine.connections) == 0
     assert world.send(Hook.OUTPUT, inside.inverse())[1] == inside.inverse(), "answers are the listener's own affair"
+
+
+ONE_WAY = pack_number(Operation.FLAGS, Flag.LISTEN | Flag.UNIDIR)
+REDIRECT = "-A {} -p udp -m udp --dport 53 -j TPROXY --on-port 50053"
+
+
+@versions
+@pytest.mark.parametrize("is_wildcard", [False, True], ids=["address", "wildcard"])
+def test_redirect_to_a_one_way_listener_keeps_no_state(world: Dialogue, version: int, is_wildcard: bool) -> None:
+    world.rule(REDIRECT.format("PREROUTING"))
+    local = endpoint("gateway", 50053, version)
+    listener = world.socket(Endpoint(bytes(len(local.address)), local.port) if is_wildcard else local, Protocol.UDP)
+    assert world.set(listener, ONE_WAY) == 0
+    asked = flow(endpoint("client", 4000, version), endpoint("foreign", 53, version), Protocol.UDP)
+    inside = flow(asked.source, local, Protocol.UDP)
+    for _ in range(2):
+        assert world.send(Hook.PREROUTING, asked) == (Reason.UNIDIR, inside)
+    assert len(world.engine.connections) == 0
+    world.close(listener)
+    other = flow(endpoint("client", 4001, version), endpoint("server", 53, version), Protocol.UDP)
+    assert world.send(Hook.PREROUTING, other)[0] is Reason.REDIRECT
+
+
+@versions
+def test_peer_of_a_one_way_listener_gets_a_socket_of_its_own(world: Dialogue, version: int) -> None:
+    """The UDP sequence of tproxy.md section 4."""
+    world.rule(REDIRECT.format("PREROUTING"))
+    assert world.set(world.socket(endpoint("gateway", 50053, version), Protocol.UDP), ONE_WAY) == 0
+    asked = flow(endpoint("client", 4000, version), endpoint("foreign", 53, version), Protocol.UDP)
+    assert world.send(Hook.PREROUTING, asked)[0] is Reason.UNIDIR
+    local = endpoint("gateway", 6000, version)
+    world.assign(local, asked.destination, Flag.ESTABLISHED, Protocol.UDP, remote=asked.source)
+    inside = flow(asked.source, local, Protocol.UDP)
+    world.send(Hook.OUTPUT, inside.inverse())
+    assert world.send(Hook.POSTROUTING, inside.inverse()) == (Reason.SOCKREF, asked.inverse())
+    assert world.send(Hook.PREROUTING, asked) == (Reason.TRANSLATED, inside)
+
+
+@versions
+def test_own_datagram_to_a_one_way_listener_keeps_no_state(world: Dialogue, version: int) -> None:
+    world.rule(REDIRECT.format("OUTPUT"))
+    loopback = Endpoint(LOOPBACK[len(endpoint("client", 0, version).address)], 50053)
+    assert world.set(world.socket(loopback, Protocol.UDP), ONE_WAY) == 0
+    asked = flow(endpoint("outside", 4000, version), endpoint("foreign", 53, version), Protocol.UDP)
+    inside = flow(asked.source, loopback, Protocol.UDP)
+    assert world.send(Hook.OUTPUT, asked) == (Reason.UNIDIR, inside)
+    assert world.send(Hook.POSTROUTING, inside) == (Reason.UNIDIR, inside)
+    assert len(world.engine.connections) == 0
+
+
+def test_one_way_redirect_to_where_it_was_going_changes_nothing(world: Dialogue) -> None:
+    world.rule("-A PREROUTING -p udp -j TPROXY --on-port 50053")
+    local = endpoint("gateway", 50053)
+    assert world.set(world.socket(local, Protocol.UDP), ONE_WAY) == 0
+    asked = flow(endpoint("client", 4000), local, Protocol.UDP)
+    assert world.send(Hook.PREROUTING, asked) == (Reason.UNIDIR, asked)
+
+
+@versions
+def test_redirects_to_what_becomes_a_one_way_listener_are_deleted(world: Dialogue, version: int) -> None:
+    world.rule(REDIRECT.format("PREROUTING"))
+    for port in (4000, 4001):
+        asked = flow(endpoint("client", port, version), endpoint("foreign", 53, version), Protocol.UDP)
+        assert world.send(Hook.PREROUTING, asked)[0] is Reason.REDIRECT
+    passing = flow(endpoint("client", 4000, version), endpoint("server", 54, version), Protocol.UDP)
+    world.send(Hook.PREROUTING, passing)
+    assert world.set(world.socket(endpoint("gateway", 50053, version), Protocol.UDP), ONE_WAY) == 0
+    assert [connection.original for connection in world.engine.connections] == [passing]
+    assert world.send(Hook.PREROUTING, asked)[0] is Reason.UNIDIR
 
 
 @versions

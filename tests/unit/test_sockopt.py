@@ -55,7 +55,7 @@ class World:
         return [
             (entry.protocol, entry.local, entry.foreign, entry.remote, entry.flags, frozenset(entry.cookies))
             for entry in self.engine.sockrefs
-        ]
+        ] + [(listener,) for listener in self.engine.listeners]
 
 
 def assign(foreign: Endpoint) -> bytes:
@@ -72,7 +72,20 @@ NOBODY = Endpoint(bytes(4), 0)
 MAPPED = Endpoint.of("::ffff:10.0.0.1", 4711)  # FOREIGN, as an IPv6 program writes it
 ANYWHERE = Endpoint.of("0.0.0.0", 5000)
 
+ONE_WAY = Flag.LISTEN | Flag.UNIDIR
+
 Call = Callable[[World], int]
+
+
+def udp(world: World, port: int = 5000) -> Socket:
+    return world.socket(port, protocol=Protocol.UDP)
+
+
+def one_way(world: World) -> Socket:
+    socket = udp(world)
+    assert world.set(socket, flags(ONE_WAY)) == 0
+    return socket
+
 
 REFUSED: list[tuple[str, int, Call]] = [
     ("argument of 7 bytes", errno.EINVAL, lambda w: w.set(w.socket(), bytes(7))),
@@ -96,6 +109,13 @@ REFUSED: list[tuple[str, int, Call]] = [
     ("foreign address taken", errno.EADDRINUSE, lambda w: (w.assigned(), w.set(w.socket(5001), assign(FOREIGN)))[1]),
     ("unassign without", errno.ENOENT, lambda w: w.set(w.socket(), pack_number(Operation.UNASSIGN))),
     ("flags without", errno.ENOENT, lambda w: w.set(w.socket(), flags(Flag.CONNECT))),
+    ("one-way flags for TCP without", errno.ENOENT, lambda w: w.set(w.socket(), flags(ONE_WAY))),
+    ("one-way flags when not bound", errno.ENOENT, lambda w: w.set(udp(w, port=0), flags(ONE_WAY))),
+    ("one-way flags with ONCE", errno.ENOENT, lambda w: w.set(udp(w), flags(ONE_WAY | Flag.ONCE))),
+    ("listen without", errno.ENOENT, lambda w: w.set(udp(w), flags(Flag.LISTEN))),
+    ("get: flags of a one-way listener", errno.ENOENT, lambda w: error_of(w.api.get(one_way(w), flags(0)))),
+    ("unassign a one-way listener", errno.ENOENT, lambda w: w.set(one_way(w), pack_number(Operation.UNASSIGN))),
+    ("alloc for a one-way listener", errno.ENOENT, lambda w: w.set(one_way(w), pack_number(Operation.ALLOC))),
     ("flags of no kind", errno.EINVAL, lambda w: w.set(w.assigned(), flags(Flag.ONCE))),
     ("flags of two kinds", errno.EINVAL, lambda w: w.set(w.assigned(), flags(Flag.CONNECT | Flag.LISTEN))),
     ("flags that nobody knows", errno.EINVAL, lambda w: w.set(w.assigned(), flags(Flag.CONNECT | 0x100))),
@@ -249,7 +269,7 @@ def test_mark_only_twice_by_one_socket_counts_it_once() -> None:
     world = World()
     socket = world.assigned(NOBODY)
     assert world.set(socket, assign(NOBODY)) == 0
-    assert world.api.closed(socket.cookie) == 0
+    world.api.closed(socket.cookie)
     assert world.snapshot() == []
 
 
