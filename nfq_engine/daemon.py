@@ -96,7 +96,8 @@ class Daemon:
         self._queue = PacketQueue(
             settings.queue, self._datapath.callback(), length=settings.queue_length, fail_open=settings.fail_open
         )
-        self._datapath.handle_whole = self._queue.handle_whole
+        self._datapath.handle_again = self._queue.handle_again
+        self._datapath.owner = lambda: self._queue.owner
         self._wake, self._signals = socket.socketpair()
         self._is_stopping = False
         self._answered = 0.0  # when the last request was

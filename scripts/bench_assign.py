@@ -33,6 +33,7 @@ from nfq_engine.core.option import Operation, pack_address, pack_number
 from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.sockopt import Socket, SocketApi
+from nfq_engine.core.surroundings import AddressType
 from testbed.lab import Lab, NodeHandle
 from testbed.topology import EngineSpec, Node, Readiness, Topology
 
@@ -50,6 +51,9 @@ class NoInterfaces:
 
     def first_address(self, _name: str, _size: int) -> bytes | None:
         return None
+
+    def address_type(self, address: bytes) -> AddressType:
+        return AddressType.UNICAST
 
 
 def others() -> Iterator[tuple[Endpoint, Endpoint]]:

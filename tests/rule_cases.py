@@ -20,7 +20,8 @@ from nfq_engine.core.rule_matches import (
 )
 from nfq_engine.core.rule_rates import CERTAINTY, RATE_UNITS, Limit, NthMatch, RandomMatch
 from nfq_engine.core.rule_syntax import networks
-from nfq_engine.core.rule_values import AddressType, Jump, Match, Network, Rule, Target, Term, Tproxy
+from nfq_engine.core.rule_values import Jump, Match, Network, Rule, Target, Term, Tproxy
+from nfq_engine.core.surroundings import AddressType
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import Final
 
 from nfq_engine.core.packet import Protocol
-from nfq_engine.core.rule_values import AddressType, Match, Rule, RulePacket, Term, Test
-from nfq_engine.core.surroundings import Chance
+from nfq_engine.core.rule_values import Match, Rule, RulePacket, Term, Test
+from nfq_engine.core.surroundings import AddressType, Chance
 
 LAST_PORT: Final = 0xFFFF
 ALL_BITS: Final = 0xFFFFFFFF

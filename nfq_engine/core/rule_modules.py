@@ -36,7 +36,8 @@ from nfq_engine.core.rule_rates import (
     RandomMatch,
 )
 from nfq_engine.core.rule_syntax import address, integer, port, ports
-from nfq_engine.core.rule_values import TPROXY, AddressType, Match, RuleError, Term, Tproxy, shown
+from nfq_engine.core.rule_values import TPROXY, Match, RuleError, Term, Tproxy, shown
+from nfq_engine.core.surroundings import AddressType
 
 T_co = TypeVar("T_co", covariant=True)
 

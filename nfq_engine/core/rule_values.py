@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
 from nfq_engine.core import packet
-from nfq_engine.core.surroundings import Chance
+from nfq_engine.core.surroundings import AddressType, Chance
 
 TABLE: Final = "tproxy"
 
@@ -47,15 +47,6 @@ class BuiltinChain(StrEnum):
     OUTPUT = "OUTPUT"
 
 
-class AddressType(StrEnum):
-    """What an address is to this host, as its routing tells: the types that can be told apart here."""
-
-    UNICAST = "UNICAST"  # somebody else's
-    LOCAL = "LOCAL"
-    BROADCAST = "BROADCAST"
-    MULTICAST = "MULTICAST"
-
-
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Whose socket sent a packet."""
@@ -69,7 +60,7 @@ class RulePacket:
     """What a rule can see of a packet.
 
     `length` is that of the IP packet, in bytes. Interfaces are names, empty where the hook has none. No `owner`: nobody
-    knows it, or no socket of this host sent the packet.
+    knows it, or no socket of this host sent the packet. Types and owner are looked up if some rule asks for them.
     """
 
     flow: packet.FlowTuple

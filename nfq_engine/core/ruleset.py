@@ -18,6 +18,7 @@ from nfq_engine.core.rule_commands import (
     Command,
 )
 from nfq_engine.core.rule_compile import service_of
+from nfq_engine.core.rule_matches import AddressTypeMatch, OwnerMatch
 from nfq_engine.core.rule_table import Draft, empty_chains
 from nfq_engine.core.rule_values import (
     Accept,
@@ -56,6 +57,9 @@ class Ruleset:
         self._chains: Mapping[str, Chain] = {}
         self._steps: dict[str, tuple[_Step, ...]] = {}
         self._policies: dict[BuiltinChain, tuple[Verdict, Tally]] = {}
+        # Whether some rule asks for what costs a look-up: address types; the owner of a packet's socket.
+        self.looks_at_types = False
+        self.looks_at_owners = False
         self.commit(Draft(empty_chains(), chance))
 
     @property
@@ -76,6 +80,9 @@ class Ruleset:
         }
         self._policies = {name: _policy(name, draft.chains[name]) for name in BuiltinChain}
         self._chains = dict(draft.chains)
+        rules = (entry.rule for chain in draft.chains.values() for entry in chain.entries)
+        kinds = {type(match) for rule in rules for match in rule.matches}
+        self.looks_at_types, self.looks_at_owners = AddressTypeMatch in kinds, OwnerMatch in kinds
 
     def apply(self, command: Command) -> list[str]:
         """Do one command, and return the lines it prints; RuleError, and no change, if it cannot be done."""

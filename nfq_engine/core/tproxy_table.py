@@ -8,7 +8,7 @@ kernel's NAT. Place in the path: asked once for every new connection, at each of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, assert_never
 
@@ -19,6 +19,7 @@ from nfq_engine.core.nat import PortRange, Taken
 from nfq_engine.core.one_way import Listener, Listeners, Origins, digest_of, payload_of
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol, Segment
 from nfq_engine.core.rewrite import Rewrite, patch_segment
+from nfq_engine.core.rule_values import Owner
 from nfq_engine.core.ruleset import BuiltinChain, RulePacket, Ruleset
 from nfq_engine.core.sockref import Flag, Sockref, SockrefTable
 from nfq_engine.core.surroundings import Chance, Interfaces
@@ -38,7 +39,7 @@ class Arrival:
     """A packet as it came to a hook. Interfaces are names, empty where the hook has none; `now` is in seconds.
 
     `is_cut`: the packet's end did not fit into the queue's message and stands as zeros in `data`, so the packet can be
-    let through as it is, but not be rewritten.
+    let through as it is, but not be rewritten. `owner`: of the socket that sent it, at OUTPUT, if the ruleset asks.
     """
 
     hook: Hook
@@ -48,6 +49,7 @@ class Arrival:
     now: float
     mark: int = 0
     is_cut: bool = False
+    owner: Owner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,14 @@ class TproxyTable(ABC):
             out_interface=arrival.out_interface,
             length=len(arrival.data),
             mark=arrival.mark,
+            owner=arrival.owner,
         )
+        if self.ruleset.looks_at_types:
+            packet = replace(
+                packet,
+                source_type=self._interfaces.address_type(flow.source.address),
+                destination_type=self._interfaces.address_type(flow.destination.address),
+            )
         verdict = self.ruleset.evaluate(chain, packet, arrival.now)
         match verdict:
             case ruleset.Accept():

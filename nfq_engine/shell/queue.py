@@ -8,6 +8,9 @@ place in the queue for ever, unless the kernel is told to copy no more than fits
 queues. Everything comes to the first, by the fast loop; a packet that arrives cut is sent on to the second (NF_QUEUE is
 a verdict like any other) and read from there whole, before the next one is looked at: no packet overtakes another.
 
+The library does not hand over whose socket sent a packet, either. The kernel says it in the message, which the second
+queue's reader sees; so packets whose owner matters are sent on to it as well.
+
 What is left of the trap: a netlink attribute carries 65531 bytes, so the last bytes of the very largest packets cannot
 come. `handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted: oversized.
 TCP is kept from sending such segments by divert.py.
@@ -26,6 +29,8 @@ from typing import Final, Protocol
 
 from netfilterqueue import NetfilterQueue
 
+from nfq_engine.core.rule_values import Owner
+
 CUT: Final = 4096 - 80  # bytes that the library copies at the most: a packet of this size may be longer
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
 _SOCKET_BUFFER: Final = 8 << 20
@@ -42,6 +47,11 @@ _NFQA_CFG_MASK: Final = 4
 _NFQA_CFG_FLAGS: Final = 5
 _NFQNL_COPY_PACKET: Final = 2
 _NFQA_CFG_F_FAIL_OPEN: Final = 1
+_NFQA_CFG_F_UID_GID: Final = 1 << 3
+_NFQA_PAYLOAD, _NFQA_UID, _NFQA_GID = 10, 16, 17
+_ATTRIBUTES_AT: Final = 16 + 4  # behind the netlink header and struct nfgenmsg
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_NUMBER: Final = struct.Struct("!I")
 LARGEST_COPY: Final = 0xFFFF - 4
 
 
@@ -91,6 +101,36 @@ class SliceOver(Exception):  # noqa: N818 - no error: the handler's way to end a
     """Raised by the handler, after a packet's verdict, to leave the rest for later."""
 
 
+class _Reader:
+    """What `run_socket` reads from: whole messages, until none waits (BlockingIOError ends the library's loop)."""
+
+    def __init__(self, source: socket.socket) -> None:
+        self._receive = source.recv
+        self.owner: Owner | None = None  # of the socket that sent the packet which was read last
+
+    def recv(self, _library_size: int) -> bytes:
+        """One message, however large."""
+        message = self._receive(_MESSAGE)
+        self.owner = _owner_in(message)
+        return message
+
+
+def _owner_in(message: bytes) -> Owner | None:
+    """The owner that the kernel names in a queue message, which the library keeps for itself."""
+    numbers: dict[int, int] = {}
+    at = _ATTRIBUTES_AT
+    while at + _ATTRIBUTE.size <= len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, at)
+        if kind == _NFQA_PAYLOAD or length < _ATTRIBUTE.size:
+            break
+        if kind in (_NFQA_UID, _NFQA_GID):
+            (numbers[kind],) = _NUMBER.unpack_from(message, at + _ATTRIBUTE.size)
+        at += length + 3 & ~3
+    if len(numbers) < 2:
+        return None
+    return Owner(numbers[_NFQA_UID], numbers[_NFQA_GID])
+
+
 class PacketQueue:
     """The two bound NFQUEUEs of the current network namespace: `number`, which is diverted to, and the next one."""
 
@@ -118,8 +158,13 @@ class PacketQueue:
         with contextlib.suppress(SliceOver):
             self._first.library.run(block=False)
 
-    def handle_whole(self, packet: QueuedPacket) -> None:
-        """Have a packet that arrived cut, of the first queue, handled again: whole, and now."""
+    @property
+    def owner(self) -> Owner | None:
+        """Of the socket that sent the packet which `handle_again` hands out; None: no socket of this host did."""
+        return self._reader.owner
+
+    def handle_again(self, packet: QueuedPacket) -> None:
+        """Have a packet of the first queue handled again, now: whole, and with its owner."""
         verdict = _attribute(_NFQA_VERDICT_HDR, struct.pack("!II", _NF_QUEUE | (self.number + 1) << 16, packet.id))
         self._first.send(_NFQNL_MSG_VERDICT, verdict)
         self._whole.library.run_socket(self._reader)
@@ -150,12 +195,12 @@ class _BoundQueue:
         self.socket = socket.socket(fileno=os.dup(self.library.get_fd()))
         self.socket.setblocking(False)
         _grow_buffer(self.socket)
-        flags = _NFQA_CFG_F_FAIL_OPEN if fail_open else 0
+        flags = _NFQA_CFG_F_UID_GID | (_NFQA_CFG_F_FAIL_OPEN if fail_open else 0)
         self.send(
             _NFQNL_MSG_CONFIG,
             _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", copied, _NFQNL_COPY_PACKET))
             + _attribute(_NFQA_CFG_FLAGS, struct.pack("!I", flags))
-            + _attribute(_NFQA_CFG_MASK, struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN)),
+            + _attribute(_NFQA_CFG_MASK, struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN | _NFQA_CFG_F_UID_GID)),
         )
 
     def send(self, kind: int, attributes: bytes) -> None:
@@ -166,19 +211,6 @@ class _BoundQueue:
     def close(self) -> None:
         self.library.unbind()
         self.socket.close()
-
-
-class _Reader:
-    """What `run_socket` reads from: whole messages, until none waits (BlockingIOError ends the library's loop)."""
-
-    __slots__ = ("_receive",)
-
-    def __init__(self, source: socket.socket) -> None:
-        self._receive = source.recv
-
-    def recv(self, _library_size: int) -> bytes:
-        """One message, however large."""
-        return self._receive(_MESSAGE)
 
 
 def _grow_buffer(target: socket.socket) -> None:

@@ -24,6 +24,7 @@ from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.rule_text import parse_command
 from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.core.sockref import Flag, Sockref
+from nfq_engine.core.surroundings import AddressType
 from nfq_engine.core.tproxy_table import Arrival, Deletion
 
 PORTS: Final = PortRange(40_000, 40_003)
@@ -36,6 +37,10 @@ class Interfaces:
     def first_address(self, interface: str, size: int) -> bytes | None:
         name = {"eth0": "gateway", "eth1": "outside"}.get(interface)
         return endpoint(name, 0, 4 if size == 4 else 6).address if name else None
+
+    def address_type(self, address: bytes) -> AddressType:
+        own = {endpoint(name, 0, version).address for name in ("gateway", "outside") for version in (4, 6)}
+        return AddressType.LOCAL if address in own else AddressType.UNICAST
 
 
 class Dialogue:

@@ -19,6 +19,7 @@ from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.rule_text import parse_command
 from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.core.sockref import Flag, Sockref
+from nfq_engine.core.surroundings import AddressType
 from nfq_engine.core.tproxy_table import Arrival, Deletion
 from nfq_engine.core.tracked import Tracked
 
@@ -59,6 +60,9 @@ class FakeConntrack:
 class NoInterfaces:
     def first_address(self, interface: str, size: int) -> bytes | None:
         return PROXY.address if interface == "eth0" and size == 4 else None
+
+    def address_type(self, address: bytes) -> AddressType:
+        return AddressType.UNICAST
 
 
 @pytest.fixture

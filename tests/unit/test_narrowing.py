@@ -15,6 +15,7 @@ from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.rule_text import parse_command
 from nfq_engine.core.sockref import Flag, Sockref
+from nfq_engine.core.surroundings import AddressType
 from nfq_engine.shell import nftables
 from nfq_engine.shell.narrowing import Diversion
 from nfq_engine.shell.nftables import Element, NftError, NftSocket
@@ -48,6 +49,9 @@ class FakeNft(NftSocket):
 class NoInterfaces:
     def first_address(self, interface: str, size: int) -> bytes | None:
         raise AssertionError(f"nobody asks for {interface}'s addresses of {size} bytes")
+
+    def address_type(self, address: bytes) -> AddressType:
+        return AddressType.UNICAST
 
 
 @pytest.fixture

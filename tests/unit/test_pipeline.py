@@ -10,8 +10,9 @@ from nfq_engine.core.conntrack import Direction, State
 from nfq_engine.core.decision import Reason, Verdict
 from nfq_engine.core.option import Operation, pack_address, pack_number
 from nfq_engine.core.packet import Endpoint, Hook, Protocol
+from nfq_engine.core.rule_values import Owner
 from nfq_engine.core.sockref import Flag
-from nfq_engine.core.tproxy_table import LOOPBACK
+from nfq_engine.core.tproxy_table import LOOPBACK, Arrival
 
 RULES = (
     "-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 50080",
@@ -266,6 +267,21 @@ def test_picked_port_serves_the_next_connection_too(world: Dialogue) -> None:
         picked.add(wire.source)
     assert picked == {world.sockref(socket).foreign}
     assert picked != {foreign}, "the socket's own port is another sockref's there"
+
+
+@versions
+@pytest.mark.parametrize(("who", "reason"), [("outside", Reason.NO_MAPPING), ("server", Reason.REDIRECT)])
+def test_rule_sees_the_types_of_addresses(world: Dialogue, version: int, who: str, reason: Reason) -> None:
+    world.rule("-A PREROUTING -p tcp -m addrtype --src-type UNICAST ! --dst-type LOCAL -j TPROXY --on-port 50080")
+    asked = flow(endpoint("client", 4000, version), endpoint(who, 8080, version))
+    assert world.send(Hook.PREROUTING, asked)[0] is reason
+
+
+@pytest.mark.parametrize(("owner", "reason"), [(Owner(1, 2), Reason.REDIRECT), (None, Reason.NO_MAPPING)])
+def test_rule_sees_the_owner(world: Dialogue, owner: Owner | None, reason: Reason) -> None:
+    world.rule("-A OUTPUT -p tcp -m owner --uid-owner 1 -j TPROXY --on-port 50080")
+    data = packet(flow(endpoint("outside", 4000), endpoint("server", 8080)))
+    assert world.engine.decide(Arrival(Hook.OUTPUT, data, "", "eth1", 0.0, owner=owner)).reason is reason
 
 
 @versions

@@ -43,7 +43,6 @@ from nfq_engine.core.rule_matches import (
 from nfq_engine.core.rule_rates import CERTAINTY, RATE_UNITS, Limit, NthMatch, RandomMatch
 from nfq_engine.core.rule_text import parse_command, split_words
 from nfq_engine.core.rule_values import (
-    AddressType,
     AnyTarget,
     Counts,
     Jump,
@@ -55,6 +54,7 @@ from nfq_engine.core.rule_values import (
     Term,
     Tproxy,
 )
+from nfq_engine.core.surroundings import AddressType
 
 by_name = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 

@@ -10,8 +10,9 @@ import pytest
 
 from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
 from nfq_engine.core.rule_text import RuleError, parse_command, restore, split_words
-from nfq_engine.core.rule_values import AddressType, Owner
+from nfq_engine.core.rule_values import Owner
 from nfq_engine.core.ruleset import Accept, BuiltinChain, Drop, Redirect, RulePacket, Ruleset, Verdict
+from nfq_engine.core.surroundings import AddressType
 
 PREROUTING, OUTPUT = BuiltinChain
 
@@ -320,3 +321,21 @@ def test_a_thousand_chains_deep_is_not_too_deep() -> None:
     ruleset = Ruleset(random.Random(0))
     restore("\n".join(["*tproxy", *lines, "-A c999 -j DROP", "-A PREROUTING -j c0", "COMMIT"]), ruleset)
     assert ruleset.evaluate(PREROUTING, PACKET, now=0) == Drop("c999 1")
+
+
+@pytest.mark.parametrize(
+    ("rule", "types", "owners"),
+    [
+        ("-A PREROUTING -p tcp -j ACCEPT", False, False),
+        ("-A PREROUTING -m addrtype --dst-type LOCAL -j ACCEPT", True, False),
+        ("-A OUTPUT -m owner --uid-owner 1 -j ACCEPT", False, True),
+        ("-A own -m owner --uid-owner 1 -m addrtype --dst-type LOCAL", True, True),
+    ],
+)
+def test_what_costs_a_look_up_is_known(rule: str, types: bool, owners: bool) -> None:
+    ruleset = Ruleset()
+    ruleset.apply(parse_command(["-N", "own"]))
+    ruleset.apply(parse_command(split_words(rule)))
+    assert (ruleset.looks_at_types, ruleset.looks_at_owners) == (types, owners)
+    ruleset.apply(parse_command(["-F"]))
+    assert (ruleset.looks_at_types, ruleset.looks_at_owners) == (False, False)

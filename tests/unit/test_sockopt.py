@@ -19,6 +19,7 @@ from nfq_engine.core.packet import Endpoint, Hook, Protocol
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.core.sockref import Flag
+from nfq_engine.core.surroundings import AddressType
 
 NOW = 7.0
 versions = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
@@ -28,6 +29,9 @@ protocols = pytest.mark.parametrize("protocol", list(Protocol), ids=["tcp", "udp
 class NoInterfaces:
     def first_address(self, interface: str, size: int) -> bytes | None:
         return None
+
+    def address_type(self, address: bytes) -> AddressType:
+        return AddressType.UNICAST
 
 
 class World:
