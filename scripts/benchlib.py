@@ -36,17 +36,22 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished benchmark. A ratio is the median of the ratios of each round, not the ratio of the medians."""
+    """A finished benchmark. A ratio is the median of the ratios of each round, not the ratio of the medians.
+
+    `further` are single figures of other units, which their names tell.
+    """
 
     name: str
     unit: str
     cases: Mapping[str, Spread]
     ratios: Mapping[str, float]
+    further: Mapping[str, float]
 
     def as_json(self) -> str:
-        """The shape that every benchmark writes: name, unit, cases (median, min, max), ratios."""
+        """The shape that every benchmark writes: name, unit, cases (median, min, max), ratios, further."""
         cases = {case: {"median": s.median, "min": s.min, "max": s.max} for case, s in self.cases.items()}
         shape = {"name": self.name, "unit": self.unit, "cases": cases, "ratios": dict(self.ratios)}
+        shape["further"] = dict(self.further)
         return json.dumps(shape, indent=2) + "\n"
 
 
@@ -65,7 +70,11 @@ def run_paired(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def summarise(
-    name: str, unit: str, samples: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[str, str]]
+    name: str,
+    unit: str,
+    samples: Mapping[str, Sequence[float]],
+    ratios: Mapping[str, tuple[str, str]],
+    further: Mapping[str, float] | None = None,
 ) -> Result:
     """Samples of paired rounds as a result; `ratios` is name -> (case above the line, case below it).
 
@@ -82,6 +91,7 @@ def summarise(
             ratio: median(a / b for a, b in zip(samples[above], samples[below], strict=True))
             for ratio, (above, below) in ratios.items()
         },
+        further=further or {},
     )
 
 
@@ -99,6 +109,8 @@ def publish(result: Result, json_file: Path | None, console: Console | None = No
     console.print(_cases_table(result))
     for ratio, value in result.ratios.items():
         console.print(f"{ratio}: {_figure(value)} (median of the paired ratios)", highlight=False, markup=False)
+    for name, value in result.further.items():
+        console.print(f"{name}: {_figure(value)}", highlight=False, markup=False)
     if json_file is not None:
         json_file.write_text(result.as_json(), encoding="utf-8")
 

@@ -52,7 +52,8 @@ def test_samples_that_are_no_pairs_are_refused(samples: dict[str, list[float]]) 
 
 def test_published_as_a_table_and_as_the_one_json_shape(tmp_path: Path) -> None:
     text = io.StringIO()
-    result = benchlib.summarise("walk", "m/s", {"a": [2.0], "b": [12345.6]}, {"b/a": ("b", "a")})
+    samples = {"a": [2.0], "b": [12345.6]}
+    result = benchlib.summarise("walk", "m/s", samples, {"b/a": ("b", "a")}, {"blisters of b": 4.0})
 
     benchlib.publish(result, tmp_path / "walk.json", Console(file=text, width=80))
 
@@ -64,10 +65,12 @@ def test_published_as_a_table_and_as_the_one_json_shape(tmp_path: Path) -> None:
             "b": {"median": 12345.6, "min": 12345.6, "max": 12345.6},
         },
         "ratios": {"b/a": 6172.8},
+        "further": {"blisters of b": 4.0},
     }
     assert "walk (m/s)" in text.getvalue()
     assert "12,346" in text.getvalue()
     assert "b/a: 6,173" in text.getvalue()
+    assert "blisters of b: 4" in text.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""Two gateways that do the same to a client's connections: one with the engine, one with a plain nft rule.
+
+Owns: the topology, the program in C that makes load, and how the engine's CPU time is read. Must not know what is
+measured. The client asks for port ASKED of an address that nobody has; the gateway sends it to its own port SERVED,
+`engine` by a TPROXY rule and the kernel datapath, `plain` by a DNAT rule.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from testbed.lab import Lab
+from testbed.topology import ENGINE, EngineSpec
+from testbed.topology_file import loads
+
+ASKED: Final = 80
+SERVED: Final = 50080
+ELSEWHERE: Final = "198.51.100.7"
+CASES: Final = ("engine", "plain")
+
+_LOADS: Final = Path(__file__).parent / "load"
+_TOPOLOGY: Final = """
+name: bench-gateway
+nodes: {client: {routes: [{to: 0.0.0.0/0, via: 10.0.0.1}]}, gateway: {kind: router}}
+links: [{ends: [{node: client, addresses: [10.0.0.2/24]}, {node: gateway, addresses: [10.0.0.1/24]}]}]
+"""
+_QUEUES: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+
+
+def running(case: str, stack: ExitStack, *, offload: bool = False) -> Lab:
+    """A lab with one of the gateways, until the end of the stack; `offload` as in a topology."""
+    base = loads(_TOPOLOGY)
+    gateway = base.node("gateway")
+    match case:
+        case "engine":
+            rule = f"-A PREROUTING -p tcp -m tcp --dport {ASKED} -j TPROXY --on-port {SERVED}"
+            gateway = replace(gateway, engine=EngineSpec(datapath="kernel", rules=(rule,)))
+        case _:
+            rule = f"tcp dport {ASKED} dnat to 10.0.0.1:{SERVED}"
+            chain = f"chain prerouting {{\ntype nat hook prerouting priority dstnat\n{rule}\n }}"
+            gateway = replace(gateway, nft=f"table ip plain {{\n{chain}\n}}\n")
+    nodes = tuple(gateway if node.name == gateway.name else node for node in base.nodes)
+    return stack.enter_context(Lab(replace(base, nodes=nodes, offload=offload), capture=False))
+
+
+def compiled(program: str, stack: ExitStack) -> Path:
+    """A load program, in a folder that lasts until the end of the stack."""
+    target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / program
+    subprocess.run(["gcc", "-O2", "-o", target, _LOADS / f"{program}.c"], check=True)
+    return target
+
+
+def engine_seconds(lab: Lab) -> float:
+    """CPU time that the gateway's engine has used, user and system."""
+    return cpu_seconds(lab.programs["gateway", ENGINE].pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, user and system (Documentation/scheduler/sched-stats)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def queued(lab: Lab) -> int:
+    """How many packets have come to the engine's queues (net/netfilter/nfnetlink_queue.c, seq_show)."""
+    return lab["gateway"].call(lambda: sum(int(line.split()[7]) for line in _QUEUES.read_text().splitlines()))
+
+
+def received(lab: Lab) -> int:
+    """How many packets the gateway has got from the client; one that is yet to be cut into segments is one."""
+    with lab["gateway"].route() as route:
+        return sum(link.get_attr("IFLA_STATS64")["rx_packets"] for link in route.get_links(ifname="eth0"))
