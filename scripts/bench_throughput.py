@@ -57,10 +57,8 @@ def main() -> None:
             f"{case}, {size}": partial(gigabits, lab, program) for (case, size), lab in labs.items()
         }
         samples = benchlib.run_paired(cases, options.rounds)
-        cpu, packets, queued = (
-            median(values)
-            for values in zip(*(observed(labs["engine", "segments"], program) for _ in range(options.rounds)), strict=True)
-        )
+        seen = [observed(labs["engine", "segments"], program) for _ in range(options.rounds)]
+    cpu, packets, queued = (median(values) for values in zip(*seen, strict=True))
     further = {
         "engine CPU, ns for each packet": cpu,
         "packets of a transfer": packets,
