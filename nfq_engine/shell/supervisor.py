@@ -178,7 +178,9 @@ class Supervisor:
     def _receive(self, notification: Notification, caller: Caller, handles: ExitStack) -> None:
         """Serve a recvmsg of a socket that has IP_RECVORIGADDRS on; the kernel does all others."""
         taken = handles.enter_context(_take_socket(caller, _signed(notification.arguments[0])))
-        if self._receiving is not None and self._wants_addresses.get(_cookie(taken)):
+        # Only IP's datagrams have addresses of their own; other sockets may have the option on, as in the kernel.
+        is_datagram = taken.type == socket.SOCK_DGRAM and taken.family in (socket.AF_INET, socket.AF_INET6)
+        if self._receiving is not None and is_datagram and self._wants_addresses.get(_cookie(taken)):
             self._receiving.begin(notification, caller, taken, handles)
         else:
             self._listener.let_go_on(notification)

@@ -120,9 +120,10 @@ class EngineReceiver:
 
 
 def _endpoint(name: bytes) -> Endpoint:
-    """The endpoint in a struct sockaddr_in."""
-    _, port, address = _IPV4_NAME.unpack(name)
-    return Endpoint(address, int.from_bytes(port, "big"))
+    """The IPv4 endpoint in a struct sockaddr_in, or in a struct sockaddr_in6, which has it mapped."""
+    layout = _IPV4_NAME if len(name) == _IPV4_NAME.size else _IPV6_NAME
+    _, port, address = layout.unpack(name)
+    return Endpoint(address[-4:], int.from_bytes(port, "big"))
 
 
 def _name(call: SocketCall, endpoint: Endpoint) -> bytes:

@@ -7,12 +7,13 @@ comes here with each recvmsg of such a socket.
 Rules that hold here:
 - A call that waits is remembered with all that it needs. Its thread is looked at every LOOK seconds: a signal ends the
   call as it would end the kernel's own, and a call whose thread was killed gives back its socket.
-- recvmmsg gives one datagram a call, as it may.
+- recvmmsg waits for one datagram only, also where the kernel's would wait for more, and gives all that are there.
 - Layouts are those of 64-bit programs; calls of 32-bit ones are not handed over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -23,7 +24,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final, assert_never
@@ -36,8 +37,12 @@ from nfq_engine.shell.supervisor_signals import ERESTARTNOHAND, ERESTARTSYS, Due
 LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
 _LOOK_AT_EACH: Final = 0.001  # and for each of them: with many, looking must not become all that is done
 
+_LOCAL: Final = (SOL_IP, 20)  # IP_RECVORIGDSTADDR: original to the kernel is what is local here, behind us
+
 _LARGEST: Final = 65536  # no datagram is longer
-_MOST_VECTORS: Final = 1024  # UIO_MAXIOV
+_MOST_VECTORS: Final = 1024  # UIO_MAXIOV, and so many messages in one recvmmsg too
+_LENGTH_AT: Final = 56  # in struct mmsghdr, behind its struct msghdr
+_MANY_SIZE: Final = 64
 _MESSAGE: Final = Struct("=QI4xQQQQi4x")  # struct msghdr
 _VECTOR: Final = Struct("=QQ")  # struct iovec
 _CONTROL: Final = Struct("=Qii")  # struct cmsghdr
@@ -45,9 +50,6 @@ _TIMEOUT: Final = Struct("=qq")  # struct timeval
 _NAME_SIZE_AT: Final = 8
 _CONTROL_SIZE_AT: Final = 40
 _FLAGS_AT: Final = 48
-_IP_RECVORIGDSTADDR: Final = 20
-_LOCAL_CONTROL: Final = 32  # bytes of its control message: the header, and a struct sockaddr_in
-_CONTROL_PADDING: Final = 4  # 12 bytes of addresses, to a multiple of 8
 _U32: Final = Struct("=I")
 _U64: Final = Struct("=Q")
 _INT_MAX: Final = 0x7FFFFFFF
@@ -62,11 +64,11 @@ class Datagram:
     """A datagram that a program is about to get: the addresses that recvmsg tells, and all that it carries.
 
     `local` is where it was delivered to, which is more than the name of a socket that is bound to every address; empty
-    where there is no such (other families than IPv4).
+    for IPv6.
     """
 
     source: bytes  # a struct sockaddr
-    local: bytes  # a struct sockaddr
+    local: bytes  # a struct sockaddr_in
     data: bytes
 
 
@@ -112,15 +114,26 @@ class _Message:
 
 
 @dataclass(frozen=True, slots=True)
+class _Control:
+    """A control message; `kind` is level and type."""
+
+    kind: tuple[int, int]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
-    """One recvmsg or recvmmsg under way; `until` is when SO_RCVTIMEO ends it."""
+    """One recvmsg or recvmmsg under way.
+
+    `message` is the first or only one, `count` how many recvmmsg has room for; `until` is when SO_RCVTIMEO ends it.
+    """
 
     notification: Notification
     caller: Caller
     taken: socket.socket
     message: _Message
     flags: int
-    is_many: bool
+    count: int | None
     until: float
 
     @property
@@ -159,10 +172,11 @@ class ReceivingCalls:
         is_many = notification.number == notification.table.recvmmsg
         _, at, *rest = notification.arguments
         flags = rest[1 if is_many else 0] & _INT_MAX
-        if flags & socket.MSG_ERRQUEUE or (is_many and not rest[0] & _INT_MAX):  # no datagram is asked for
+        count = min(rest[0] & 0xFFFFFFFF, _MOST_VECTORS) if is_many else None
+        if flags & socket.MSG_ERRQUEUE or count == 0:  # no datagram is asked for
             self._listener.let_go_on(notification)
             return
-        call = _Call(notification, caller, taken, _read_message(caller, at), flags, is_many, _deadline(taken))
+        call = _Call(notification, caller, taken, _read_message(caller, at), flags, count, _deadline(taken))
         try:
             self._listener.answer(notification, 0, self._receive(call))
         except BlockingIOError:
@@ -233,48 +247,58 @@ class ReceivingCalls:
         handles.close()
 
     def _receive(self, call: _Call) -> int:
-        """Take a datagram and give it to the program: what the call returns. OSError as from recvmsg(2), or EFAULT."""
-        message = call.message
-        header, length, is_ours = self._take(call)
+        """Take what is there and give it to the program: what the call returns. OSError as from recvmsg(2)."""
+        if call.count is None:
+            return self._receive_one(call, call.message)
+        message, done = call.message, 0
+        try:
+            while True:
+                length = self._receive_one(call, message)
+                call.caller.write(message.at + _LENGTH_AT, _U32.pack(length))
+                done += 1
+                if done == call.count:
+                    return done
+                message = _read_message(call.caller, message.at + _MANY_SIZE)
+        except OSError:
+            if not done:
+                raise
+        return done
+
+    def _receive_one(self, call: _Call, message: _Message) -> int:
+        """Take one datagram and give the program what it has room for; the length that recvmsg tells."""
+        with _local_address_told(call.taken) as is_ours:
+            header, length = self._take(call)
         name = ctypes.string_at(self._name, header.name_size)
-        control, local = _without_local(ctypes.string_at(self._control, header.control_size), is_ours)
-        flags = header.flags
-        if len(control) > message.control_size:
-            control, flags = control[: message.control_size], flags | socket.MSG_CTRUNC
-        original = self._original_addresses(Datagram(name, local, bytes(memoryview(self._data)[:length])))
+        controls = _read_controls(ctypes.string_at(self._control, header.control_size))
+        local = next((one.data for one in controls if one.kind == _LOCAL), b"")
+        if is_ours:
+            controls = [one for one in controls if one.kind != _LOCAL]
+        original = self._original_addresses(Datagram(name, local, ctypes.string_at(self._data, length)))
         if original is not None:
-            more, cut = _control_message(original, message.control_size - len(control))
-            control += more
-            flags |= cut
+            controls.append(_Control((SOL_IP, IP_RECVORIGADDRS), original))
+        control, flags = _write_controls(controls, message.control_size)
         given = min(length, message.room)
         if given < length:
             flags |= socket.MSG_TRUNC
-        _write_message(call.caller, message, memoryview(self._data)[:given], name, control, flags)
-        returned = length if call.flags & socket.MSG_TRUNC else given
-        if not call.is_many:
-            return returned
-        call.caller.write(message.at + _MESSAGE.size, _U32.pack(returned))
-        return 1
+        _write_message(call.caller, message, memoryview(self._data)[:given], name, control, header.flags | flags)
+        return length if call.flags & socket.MSG_TRUNC else given
 
-    def _take(self, call: _Call) -> tuple[_OwnMessage, int, bool]:
-        """Take all of a datagram into our own buffers: the message, its length, whether it has our control message."""
-        # Only a datagram has an end that the program may leave unread.
-        is_datagram = call.taken.type == socket.SOCK_DGRAM
-        vector = _OwnVector(ctypes.addressof(self._data), _LARGEST if is_datagram else call.message.room)
-        with _local_address_told(call.taken) as is_ours:
-            header = _OwnMessage(
-                name=ctypes.addressof(self._name),
-                name_size=_NAME_SIZE,
-                vectors=ctypes.addressof(vector),
-                vector_count=1,
-                control=ctypes.addressof(self._control),
-                control_size=min(call.message.control_size + is_ours * _LOCAL_CONTROL, _LARGEST),
-            )
-            length: int = _libc.recvmsg(call.taken.fileno(), ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
-            error = ctypes.get_errno()
+    def _take(self, call: _Call) -> tuple[_OwnMessage, int]:
+        """Take all of a datagram into our own buffers: the message, and its length. OSError as from recvmsg(2)."""
+        vector = _OwnVector(ctypes.addressof(self._data), _LARGEST)
+        header = _OwnMessage(
+            name=ctypes.addressof(self._name),
+            name_size=_NAME_SIZE,
+            vectors=ctypes.addressof(vector),
+            vector_count=1,
+            control=ctypes.addressof(self._control),
+            control_size=_LARGEST,
+        )
+        length: int = _libc.recvmsg(call.taken.fileno(), ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
         if length < 0:
+            error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
-        return header, length, is_ours
+        return header, length
 
     def _original_addresses(self, datagram: Datagram) -> bytes | None:
         """The receiver's word; a receiver that fails knows nothing."""
@@ -315,40 +339,48 @@ def _write_message(
     caller.write(message.at + _FLAGS_AT, _U32.pack(flags))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _local_address_told(taken: socket.socket) -> Iterator[bool]:
     """Have the kernel tell with a datagram where it was delivered to; True unless the program asked for that itself."""
-    is_ours = taken.family == socket.AF_INET and not taken.getsockopt(SOL_IP, _IP_RECVORIGDSTADDR)
+    is_ours = not taken.getsockopt(*_LOCAL)
     if is_ours:
-        taken.setsockopt(SOL_IP, _IP_RECVORIGDSTADDR, 1)
+        taken.setsockopt(*_LOCAL, 1)
     try:
         yield is_ours
     finally:
         if is_ours:
-            taken.setsockopt(SOL_IP, _IP_RECVORIGDSTADDR, 0)
+            taken.setsockopt(*_LOCAL, 0)
 
 
-def _without_local(control: bytes, is_ours: bool) -> tuple[bytes, bytes]:
-    """The control messages for the program, and the struct sockaddr_in of where the datagram was delivered to."""
-    at = 0
-    while at + _CONTROL.size <= len(control):
-        length, level, kind = _CONTROL.unpack_from(control, at)
-        end = at + max(length + 7 & ~7, _CONTROL.size)
-        if (level, kind) == (SOL_IP, _IP_RECVORIGDSTADDR):
-            local = control[at + _CONTROL.size : at + length]
-            return (control[:at] + control[end:] if is_ours else control), local
-        at = end
-    return control, b""
+def _read_controls(data: bytes) -> list[_Control]:
+    """The kernel's control messages."""
+    controls, at = [], 0
+    while at + _CONTROL.size <= len(data):
+        length, level, kind = _CONTROL.unpack_from(data, at)
+        controls.append(_Control((level, kind), data[at + _CONTROL.size : at + length]))
+        at += _space(length)
+    return controls
 
 
-def _control_message(original: bytes, room: int) -> tuple[bytes, int]:
-    """The control message and what it adds to the flags, cut as the kernel's put_cmsg cuts it when there is no room."""
-    if room < _CONTROL.size:
-        return b"", socket.MSG_CTRUNC
-    length = min(_CONTROL.size + len(original), room)
-    is_whole = length == _CONTROL.size + len(original)
-    padded = _CONTROL.pack(length, SOL_IP, IP_RECVORIGADDRS) + original + bytes(_CONTROL_PADDING)
-    return padded[:room], 0 if is_whole else socket.MSG_CTRUNC
+def _write_controls(controls: list[_Control], room: int) -> tuple[bytes, int]:
+    """Control messages, and what they add to the flags; cut as the kernel's put_cmsg cuts what has no room."""
+    written, cut = b"", 0
+    for one in controls:
+        left = room - len(written)
+        if left < _CONTROL.size:
+            cut = socket.MSG_CTRUNC
+            continue
+        length = _CONTROL.size + len(one.data)
+        if length > left:
+            length, cut = left, socket.MSG_CTRUNC
+        whole = _CONTROL.pack(length, *one.kind) + one.data
+        written += whole.ljust(_space(len(whole)), b"\0")[:left]
+    return written, cut
+
+
+def _space(length: int) -> int:
+    """CMSG_ALIGN."""
+    return length + 7 & ~7
 
 
 def _deadline(taken: socket.socket) -> float:

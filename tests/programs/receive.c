@@ -200,16 +200,45 @@ static void let_go(void)
 	printf("port is %s\n", tries ? "free" : "taken");
 }
 
-static void many(int fd)
+/* Messages for recvmmsg; each has its own buffer, and the second one may lie where nothing is. */
+static void many_with(const char *what, int fd, int sent, unsigned room, struct msghdr second_message)
 {
-	struct mmsghdr m[2] = {{.msg_hdr = message()}, {.msg_hdr = message()}};
+	static char data[3][4];
+	struct iovec vectors[3];
+	struct mmsghdr m[3] = {{.msg_hdr = message()}, {.msg_hdr = second_message}, {.msg_hdr = message()}};
 	int result;
 
-	say(fd, "abcd");
-	result = recvmmsg(fd, m, 2, MSG_WAITFORONE, NULL);
-	printf("many %d length %u\n", result, m[0].msg_len);
-	report("many-first", result, &m[0].msg_hdr);
-	report("many-none", recvmmsg(fd, m, 2, MSG_DONTWAIT, NULL), &m[0].msg_hdr);
+	for (int i = 0; i < 3; i++) {
+		vectors[i] = (struct iovec){data[i], sizeof data[i]};
+		m[i].msg_hdr.msg_iov = &vectors[i];
+		m[i].msg_hdr.msg_iovlen = 1;
+	}
+	while (sent--)
+		say(fd, "abcd");
+	result = recvmmsg(fd, m, room, MSG_WAITFORONE, NULL);
+	printf("%s %d lengths", what, result);
+	for (int i = 0; i < result; i++)
+		printf(" %u", m[i].msg_len);
+	printf("\n");
+	report(what, result, &m[0].msg_hdr);
+}
+
+static void many(int fd)
+{
+	struct msghdr bad = message();
+	struct mmsghdr m = {.msg_hdr = message()};
+	int left_behind;
+	socklen_t length = sizeof left_behind;
+
+	bad.msg_name = (void *)8;
+	many_with("many-one", fd, 1, 3, message());
+	many_with("many-two", fd, 2, 3, message());
+	many_with("many-more-than-room", fd, 3, 2, message());
+	many_with("many-rest", fd, 0, 1, message());
+	many_with("many-no-room", fd, 0, 0, message());
+	report("many-none", recvmmsg(fd, &m, 1, MSG_DONTWAIT, NULL), &m.msg_hdr);
+	many_with("many-second-bad", fd, 2, 3, bad);
+	getsockopt(fd, SOL_SOCKET, SO_ERROR, &left_behind, &length); /* what the kernel's recvmmsg leaves for the next call */
 }
 
 int main(void)
