@@ -94,7 +94,7 @@ def system_packages() -> tuple[SystemPackage, ...]:
 def _commands(packages: tuple[SystemPackage, ...]) -> Iterator[Capability]:
     for entry in packages:
         kind, _, command = entry.probe.partition(":")
-        if kind == "command" and entry.when != "build":
+        if kind == "command" and entry.when in ("required", "optional"):
             is_required = entry.when == "required"
             is_off_path = shutil.which(command, path=ADMIN_FOLDERS) is not None
             yield Capability(

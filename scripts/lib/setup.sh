@@ -2,7 +2,8 @@
 #
 # Owns: system packages (testbed/packages.txt), .venv, and where a command runs. Each command calls set_up, then run_in_lab.
 # Rules that hold here:
-#   * nothing is done when nothing is missing: no network, no write, about 0.1 s;
+#   * nothing is done when nothing is missing: no network, no write, about 0.1 s; what a machine cannot have although it
+#     is not required is asked for once;
 #   * a stamp in .venv is written last, so a .venv whose making was killed has none and is made again;
 #   * a run holds a shared lock on the clone's folder for as long as it lives, set-up an exclusive one: .venv is never
 #     rebuilt under a run. The lock is on the folder's descriptor, so that it leaves no file and ends with its process.
@@ -24,14 +25,17 @@ fi
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 
+# set_up [tests]: all that the demo needs; with `tests`, also the programs that only tests need.
 set_up() {
     exec 9<.
     flock --nonblock --shared 9 || { say 'waiting for another run to finish setting up .venv'; flock --shared 9; }
     local missing
     missing=$(missing_packages required)
-    if [[ -n $missing ]] || ! is_current packages || ! is_current project; then
+    # Who may not write here does without what only tests need.
+    if [[ -n $missing ]] || ! is_current packages || ! is_current project ||
+        { [[ $# -gt 0 && -w .venv ]] && ! is_current "$1"; }; then
         flock --nonblock --exclusive 9 || { say 'waiting for the runs that use .venv to end'; flock --exclusive 9; }
-        make_current
+        make_current "$@"
         flock --shared 9
     fi
 }
@@ -39,9 +43,10 @@ set_up() {
 make_current() {
     [[ -w . && (! -e .venv || -w .venv) ]] || die "$PWD: .venv must be made anew, and $(id -un) may not write here"
     # Another run may have done it all between the two locks; each step looks again.
-    provide_packages
+    provide_packages "$@"
     is_current packages || build_venv
     is_current project || install_project
+    [[ $# -eq 0 ]] || stamp "$1"
 }
 
 # ---- system packages ----
@@ -84,7 +89,7 @@ package_name() {
 }
 
 provide_packages() {
-    local when=(required optional) missing
+    local when=(required optional "$@") missing
     is_current packages || when+=(build)
     missing=$(missing_packages "${when[@]}")
     [[ -z $missing ]] && return
@@ -105,11 +110,29 @@ apt_install() {
     local log
     log=$(mktemp)
     apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$@" >>"$log" 2>&1; }
+    [[ " $* " != *' squid '* ]] || squid_service mask
     # The lists of a fresh machine are empty, those of an old one name files that are gone.
     apt install -y --no-install-recommends "$@" || { apt update && apt install -y --no-install-recommends "$@"; } ||
-        cat "$log" >&2
+        apt_install_singly "$@" || cat "$log" >&2
+    [[ " $* " != *' squid '* ]] || squid_service unmask
     rm -f "$log"
 }
+
+# One package that this distribution does not have keeps apt from installing all the others.
+apt_install_singly() {
+    local package failed=0
+    for package in "$@"; do
+        apt install -y --no-install-recommends "$package" || failed=1
+    done
+    return "$failed"
+}
+
+# squid_service mask|unmask: Debian starts a service when it is installed, and at every boot from then on; squid is here
+# to run in a node of a test. Masked before, disabled after; should this be killed between them, a reboot unmasks it.
+squid_service() {
+    [[ ! -d /run/systemd/system ]] || systemctl --runtime "$1" squid || true
+    [[ $1 == mask ]] || update-rc.d squid disable || true
+} &>/dev/null
 
 # ---- .venv ----
 
@@ -117,7 +140,10 @@ apt_install() {
 # Python (below an unchanged .venv the machine may have moved on to the next).
 fingerprint() {
     local files=("${LOCKS[@]}")
-    [[ $1 == project ]] && files+=(pyproject.toml)
+    case $1 in
+        project) files+=(pyproject.toml) ;;
+        tests) files+=(testbed/packages.txt) ;;
+    esac
     { pwd && "$VENV_PYTHON" -I -S -c 'import sys; print(sys.version)' && cat "${files[@]}"; } 2>/dev/null | sha256sum
 }
 

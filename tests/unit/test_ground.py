@@ -126,7 +126,7 @@ def test_every_package_can_be_looked_for() -> None:
     kinds = {"command", "header", "python", "include"}
     for entry in system_packages():
         assert entry.probe.partition(":")[0] in kinds, entry
-        assert entry.when in {"build", "required", "optional"}, entry
+        assert entry.when in {"build", "required", "optional", "tests"}, entry
         assert entry.needed_for, entry
 
 

@@ -32,10 +32,13 @@ TOOL = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$FAKE/calls"
 [[ ! -e $FAKE/$(basename "$0")-fails ]]
 """
+# `unknown` has the package that makes apt refuse all that it was asked for.
 APT = """#!/bin/bash
-echo "apt-get ${*: -1}" >>"$FAKE/calls"
-[[ -e $FAKE/apt-fails ]] && exit 100
-printf '#!/bin/true' >"$FAKE/bin/${*: -1}"; chmod +x "$FAKE/bin/${*: -1}"
+[[ $* == *update* ]] && exit
+all=$* packages=${all##*-recommends }
+echo "apt-get $packages" >>"$FAKE/calls"
+[[ -e $FAKE/apt-fails || " $packages " == *" $(cat "$FAKE/unknown" 2>/dev/null) "* ]] && exit 100
+for package in $packages; do printf '#!/bin/true' >"$FAKE/bin/fake-$package"; chmod +x "$FAKE/bin/fake-$package"; done
 """
 SET_UP = ["bash", "-euo", "pipefail", "-c", "source scripts/lib/setup.sh; set_up"]
 BUILD = ["python -m venv .venv", "requirements-build.lock", "requirements.lock", "--editable ."]
@@ -103,10 +106,10 @@ def clone(tmp_path: Path) -> Clone:
     return made
 
 
-def need(clone: Clone, when: str) -> None:
-    """Let the clone want a package that the machine does not have."""
+def need(clone: Clone, when: str, package: str = "fiddle") -> None:
+    """Let the clone want a package that the machine does not have, whatever else the machine has."""
     with (clone.folder / "testbed/packages.txt").open("a", encoding="utf-8") as packages:
-        packages.write(f"fiddle  command:fiddle  {when}  fiddling in time\n")
+        packages.write(f"{package}  command:fake-{package}  {when}  fiddling in time\n")
 
 
 def test_a_fresh_clone_gets_its_venv_and_the_second_run_does_nothing(clone: Clone) -> None:
@@ -268,6 +271,52 @@ def test_an_optional_package_that_cannot_be_had_does_not_slow_every_run(clone: C
 
     assert clone.set_up().stderr == ""
     assert clone.calls() == []
+
+
+def test_what_one_distribution_does_not_have_does_not_keep_the_rest_away(clone: Clone) -> None:
+    clone.tell("unknown", "viola")
+    need(clone, "optional", "viola")
+    need(clone, "build")
+
+    run = clone.set_up()
+
+    assert run.returncode == 0
+    assert "as root: apt install viola\n" in run.stderr
+    tries = ["apt-get viola fiddle"] * 2
+    assert clone.calls() == [*tries, "apt-get viola", "apt-get fiddle", *BUILD]
+
+
+def test_only_the_test_command_installs_what_only_tests_need(clone: Clone) -> None:
+    need(clone, "tests")
+    clone.set_up()
+    assert clone.calls() == BUILD
+
+    clone.run("scripts/test", "-k", "some")
+    assert clone.calls() == ["apt-get fiddle", *CHECKS]
+
+
+def test_what_only_tests_need_is_asked_for_once_and_again_when_the_list_changes(clone: Clone) -> None:
+    clone.tell("apt-fails")
+    need(clone, "tests")
+    first = clone.run("scripts/test")
+    assert first.returncode == 5
+    assert "  fiddle: fiddling in time" in first.stderr
+    clone.calls()
+
+    assert clone.run("scripts/test", "-k", "some").stderr == ""
+    assert clone.calls() == CHECKS
+
+    (clone.fake / "apt-fails").unlink()
+    need(clone, "tests", "viola")
+    clone.run("scripts/test", "-k", "some")
+    assert clone.calls() == ["apt-get fiddle viola", *CHECKS]
+
+
+def test_squid_does_not_become_a_service_of_the_machine(clone: Clone) -> None:
+    executable(clone.fake / "bin/update-rc.d", TOOL)
+    need(clone, "tests", "squid")
+    clone.run("scripts/test", "-k", "some")
+    assert clone.calls() == ["apt-get squid", "update-rc.d squid disable", *BUILD, *CHECKS]
 
 
 # ---- the commands ----
