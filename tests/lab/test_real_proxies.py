@@ -75,7 +75,7 @@ dns_nameservers 127.0.0.1
 visible_hostname gateway
 coredump_dir {folder}
 cache_log {folder}/cache.log
-logformat destination %>a %>p was going to %>la %>lp, served by %<a %<p: %rm %rp
+logformat destination %>a %>p was going to %>la %>lp, served by %<a %<p: %rm %>rp
 access_log stdio:{folder}/access.log destination
 """
 # Squid keeps files in /dev/shm while it runs; a mount of its own takes them along however it ends.
@@ -113,8 +113,8 @@ def squid(lab: Lab, folder: Path, under: list[str]) -> Running:
 
 
 def squid_lines(request: Request) -> Sequence[str]:
-    destination = f"{request.server} {request.server_port}"
-    return [f"{request.client} {request.port} was going to {destination}, served by {destination}: GET {request.path}"]
+    client, server = f"{request.client} {request.port}", f"{request.server} {request.server_port}"
+    return [re.escape(f"{client} was going to {server}, served by {server}: GET {request.path}")]
 
 
 def mitmproxy(lab: Lab, folder: Path, under: list[str]) -> Running:
