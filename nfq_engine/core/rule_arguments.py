@@ -186,6 +186,9 @@ class Reader:
         found = self._find(name)
         if found is None and self._load_protocol():
             found = self._find(name)
+        if found is None and "j" in self.values and self.target is None:
+            target = shown(self.values["j"].value)
+            raise RuleError(f'unknown option "--{shown(name)}": target `{target}\' takes none')
         if found is None:
             raise RuleError(f'unknown option "--{shown(name)}"')
         module, option = found

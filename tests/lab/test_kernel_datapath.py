@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -323,6 +325,40 @@ def test_once_serves_one_connection(tmp_path: Path, datapath: str) -> None:
         with near, far:
             exchange(first, near, 1000)
             exchange(second, far, 1000)
+
+
+@datapaths
+def test_call_that_fails_changes_nothing(tmp_path: Path, datapath: str) -> None:
+    """Neither the sockref, nor the connections that it made: they go on."""
+    with engine_lab(tmp_path, datapath=datapath) as lab:
+        server = lab.bound(lab.server, TCP, lab.server.address(), 8000, listen=True)
+        near = outward(lab, lab.client.address(), 4711)
+        near.connect((lab.server.address(), 8000))
+        far, _ = server.accept()
+        other = lab.bound(lab.gateway, TCP, lab.gateway.address(4, "eth1"), reuse=True)
+        lab.tproxy.assign(other, lab.client.address(), 4711)
+        before, connections = lab.ask("sockrefs"), [each["id"] for each in lab.ask("connections")]
+        unbound = lab.open(lab.gateway, TCP)
+        calls: list[tuple[int, Callable[[], None]]] = [
+            (errno.EINVAL, lambda: lab.tproxy.set_flags(near, Flag.ESTABLISHED)),
+            (errno.EINVAL, lambda: lab.tproxy.set_flags(near, Flag.CONNECT | Flag.LISTEN)),
+            (errno.EINVAL, lambda: lab.tproxy.set_flags(near, Flag.CONNECT | Flag.APPLIED)),
+            (errno.EINVAL, lambda: lab.tproxy.set_flags(other, Flag.LISTEN)),
+            (errno.EINVAL, lambda: lab.tproxy.alloc(near)),
+            (errno.EINVAL, lambda: lab.tproxy.assign(near, FOREIGN[4])),
+            (errno.EEXIST, lambda: lab.tproxy.assign(other, FOREIGN[4])),
+            (errno.EINVAL, lambda: lab.tproxy.assign(unbound, FOREIGN[4])),
+            (errno.ENOENT, lambda: lab.tproxy.unassign(unbound)),
+            (errno.ENOENT, lambda: lab.tproxy.set_flags(unbound, Flag.LISTEN | Flag.UNIDIR)),
+        ]
+        with far:
+            for expected, call in calls:
+                with pytest.raises(OSError, match=re.escape(os.strerror(expected))) as failed:
+                    call()
+                assert failed.value.errno == expected
+            assert lab.ask("sockrefs") == before
+            assert [each["id"] for each in lab.ask("connections")] == connections
+            exchange(near, far, 10_000)
 
 
 @versions

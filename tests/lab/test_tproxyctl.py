@@ -89,3 +89,20 @@ def test_sockrefs_as_proc_had_them(lab: Lab) -> None:
         tproxy.set_flags(sock, Flag.CONNECT)
         fields = ctl(lab, "sockrefs", "--proc").split()
     assert fields[:7] == ["06", "c0000207:0050", "0a000001:1388", "00000000:0000", "00000001", "0", "1"]
+
+
+def test_ipv6_sockrefs_as_proc_would_have_had_them(lab: Lab) -> None:
+    host = lab["host"]
+    address = host.address(6)
+    with host.call(Tproxy) as tproxy, host.namespace.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 5000))
+        tproxy.assign(sock, "2001:db8::7", 53)
+        tproxy.connect(sock, "2001:db8::9", 1024)
+        tproxy.set_flags(sock, Flag.ESTABLISHED)
+        fields = ctl(lab, "sockrefs", "--proc").split()
+    local, foreign, remote = (socket.inet_pton(socket.AF_INET6, text).hex() for text in (address, *FOREIGN_AND_REMOTE))
+    ends = [f"{foreign}:0035", f"{local}:1388", f"{remote}:0400"]
+    assert fields[:7] == ["11", *ends, "00000004", "0", "1"]
+
+
+FOREIGN_AND_REMOTE = ("2001:db8::7", "2001:db8::9")

@@ -28,6 +28,7 @@ REFUSED = {
     "-A PREROUTING --d 80": 'unknown option "--d"',
     "-A PREROUTING --syn": 'unknown option "--syn"',
     "-A PREROUTING -p tcp --tcp-flags SYN SYN": 'unknown option "--tcp-flags"',
+    "-A PREROUTING -p tcp -j REDIRECT --to-ports 80": 'unknown option "--to-ports": target `REDIRECT\' takes none',
     "-A PREROUTING -f": 'unknown option "-f"',
     "-A PREROUTING -4": 'unknown option "-4"',
     "-A PREROUTING -n": "illegal option `-n' with this command: -A",
