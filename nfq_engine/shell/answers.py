@@ -6,9 +6,11 @@ Owns: the calls by name, who may make them, the form of their replies. Place: be
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any, Final
 
 from nfq_engine import wire
 from nfq_engine.core.option import SHORTEST, Operation, unpack_operation
@@ -18,8 +20,13 @@ from nfq_engine.core.sockopt import Socket, SocketApi
 from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
 from nfq_engine.shell.datapath import Datapath
-from nfq_engine.shell.forms import endpoint_from, listener_form, sockref_form
+from nfq_engine.shell.forms import endpoint_from, listener_form, number_from, sockref_form
 from nfq_engine.shell.supervisor_caller import user_namespaces_over_network
+
+log: Final = logging.getLogger("tproxyd")
+
+_MOST_PID: Final = 0x7FFFFFFF
+_MOST_DIGEST: Final = 0xFFFFFFFF
 
 _Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Message]
 
@@ -53,6 +60,9 @@ class Answers:
             return {"error": str(error)}
         except (KeyError, TypeError, ValueError) as error:
             return {"error": f"malformed request: {type(error).__name__}: {error}"}
+        except Exception:  # no request may end the engine
+            log.exception("a request fails with EIO")
+            return {"errno": errno.EIO, "error": "the engine has a fault: see its log"}
 
     def _may_administer(self, pid: int) -> bool:
         return sockets.may_administer(pid, self._administrators)
@@ -81,7 +91,7 @@ class Answers:
         """
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        pids = {caller.pid, int(request.get("pid", caller.pid))}
+        pids = {caller.pid, number_from(request.get("pid", caller.pid), _MOST_PID)}
         is_assign = len(argument) >= SHORTEST and unpack_operation(argument) == Operation.ASSIGN
         is_privileged = is_assign and all(map(self._may_administer, pids))
         return sockets.describe(descriptor, self._namespace, is_privileged=is_privileged)
@@ -94,6 +104,8 @@ class Answers:
         else:
             protocol = Protocol(request["protocol"])
             local, peer = endpoint_from(request["local"]), endpoint_from(request["peer"])
+            if len(local.address) != len(peer.address):
+                raise ValueError("local and peer are of different families")
         original = self._original(FlowTuple(protocol, peer, local), request.get("digest"))
         if original is None:
             raise OSError(errno.ENOENT, "no mapped connection has these addresses")
@@ -102,10 +114,10 @@ class Answers:
             "source": [original.source.address.hex(), original.source.port],
         }
 
-    def _original(self, inside: FlowTuple, digest: int | None) -> FlowTuple | None:
+    def _original(self, inside: FlowTuple, digest: Any) -> FlowTuple | None:
         """How a packet arrived that a socket got as `inside`: a one-way datagram, told by its digest, or another."""
         if digest is not None and inside.protocol is Protocol.UDP:
-            original = self._table.origins.ask(inside, int(digest), time.monotonic())
+            original = self._table.origins.ask(inside, number_from(digest, _MOST_DIGEST), time.monotonic())
             if original is not None:
                 return original
         return self._datapath.original(inside)

@@ -5,18 +5,31 @@ Owns: the JSON of endpoints, flows and sockrefs. Must not know who asks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from nfq_engine import wire
 from nfq_engine.core.one_way import Listener
 from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
 from nfq_engine.core.sockref import Flag, Sockref
 
+_ADDRESS_SIZES: Final = (4, 16)  # IPv4, IPv6
+_LAST_PORT: Final = 0xFFFF
+
+
+def number_from(value: Any, most: int) -> int:
+    """A number from a request, of 0 to `most`; ValueError for anything else that JSON knows."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{value!r} is no number of 0 to {most}")
+    return value
+
 
 def endpoint_from(value: Any) -> Endpoint:
     """An endpoint from its form in a request, a list of hexadecimal address and port; ValueError, TypeError."""
-    address, port = value
-    return Endpoint(bytes.fromhex(address), int(port))
+    text, port = value
+    address = bytes.fromhex(text)
+    if len(address) not in _ADDRESS_SIZES:
+        raise ValueError(f"{text!r} is no address")
+    return Endpoint(address, number_from(port, _LAST_PORT))
 
 
 def endpoint_form(endpoint: Endpoint) -> dict[str, str | int]:

@@ -34,6 +34,7 @@ from nfq_engine.shell.queue import QueuedPacket, SliceOver
 
 _REASONS: Final = {errno.ENFILE: Reason.MAP_FULL}
 
+_COUNTING: Final = 0.01  # how much of the time may go into counting connections, for whoever asks again and again
 _PAIR4: Final = 2 * (4 + 4)  # bytes of two IPv4 endpoints in a key
 
 _Held = tuple[QueuedPacket, Hook, Decision, Mapping]
@@ -55,6 +56,8 @@ class KernelDatapath(Datapath):
         self._diversion = Diversion(engine, self._nft)
         self._tracked: set[bytes] = set()  # what the sets `tracked` have
         self._gone: set[bytes] = set()  # what they are to lose
+        self._count = 0
+        self._next_count = 0.0
         engine.on_forget = self._forget
 
     def callback(self) -> Callable[[QueuedPacket], None]:
@@ -109,8 +112,13 @@ class KernelDatapath(Datapath):
         return [self._form(entry) for entry in self._conntrack.ours()]
 
     def connection_count(self) -> int:
-        """How many entries carry our mark."""
-        return len(self._conntrack.ours())
+        """How many entries carry our mark, counted anew as seldom as it must be: the kernel walks its whole table."""
+        begin = time.monotonic()
+        if begin >= self._next_count:
+            self._count = len(self._conntrack.ours())
+            end = time.monotonic()
+            self._next_count = end + (end - begin) / _COUNTING
+        return self._count
 
     def original(self, inside: FlowTuple) -> FlowTuple | None:
         """From the kernel's conntrack."""

@@ -1,0 +1,294 @@
+"""Bad input: a clear errno, nobody else delayed, nothing leaked; over the control socket and by unmodified programs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from engine_lab import TCP, UDP, EngineLab, engine_lab, until
+
+from nfq_engine import wire
+from nfq_engine.client import ControlError, Tproxy
+from nfq_engine.core.option import Operation, pack_address, pack_number
+from nfq_engine.core.packet import Endpoint
+from testbed.topology import ENGINE
+
+pytestmark = pytest.mark.lab
+pytest_plugins = ["supervisor_fixtures"]
+
+RUN = ("tproxyctl", "run", "--")
+FOREIGN = Endpoint.of("198.51.100.7", 7)
+ASSIGN = pack_address(Operation.ASSIGN, FOREIGN)
+REPLIES = {  # all that section 4 of tproxy.md has, and what any call on a descriptor may say
+    "OK", "EPERM", "ENOENT", "EBADF", "EFAULT", "EEXIST", "EINVAL", "ENOTSOCK", "ENOPROTOOPT", "EADDRINUSE",
+}  # fmt: skip
+DELAY: Final = 0.005  # seconds; what 'a few milliseconds' are
+
+
+@pytest.fixture(scope="module", params=["inline", "kernel"])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineLab]:
+    with engine_lab(tmp_path_factory.mktemp("lab"), datapath=request.param) as running:
+        yield running
+
+
+def engine_descriptors(lab: EngineLab) -> int:
+    lab.tproxy.call({"call": "counters"})  # it has then served what came before
+    return len(list(Path(f"/proc/{lab.lab.programs['gateway', ENGINE].pid}/fd").iterdir()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(lab: EngineLab) -> Iterator[None]:
+    """After each test the engine has as many descriptors and sockrefs as before."""
+    before = engine_descriptors(lab)
+    yield
+    until(lambda: lab.tproxy.call({"call": "sockrefs"}) == {"sockrefs": []}, "no sockref remains")
+    until(lambda: engine_descriptors(lab) == before, "the engine closes what it was given")
+
+
+@pytest.fixture
+def local(lab: EngineLab) -> Iterator[socket.socket]:
+    """A bound socket in the gateway."""
+    with lab.gateway.namespace.socket(socket.AF_INET, TCP) as made:
+        made.bind((lab.gateway.address(4, "eth0"), 0))
+        yield made
+
+
+@contextlib.contextmanager
+def raw_client(lab: EngineLab) -> Iterator[socket.socket]:
+    """A connection to the control socket, for bytes of any kind."""
+    with lab.gateway.namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
+        made.connect(wire.ADDRESS)  # with a time limit it would not wait for its turn, but fail
+        made.settimeout(5)
+        yield made
+
+
+# Values.
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 7])
+@pytest.mark.parametrize("call", ["setsockopt", "getsockopt"])
+def test_short_values(lab: EngineLab, local: socket.socket, call: str, length: int) -> None:
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        lab.tproxy.call({"call": call, "argument": ASSIGN[:length].hex()}, local.fileno())
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("length", [13, 4096, 400_000])
+def test_of_long_values_the_beginning_counts(lab: EngineLab, local: socket.socket, length: int) -> None:
+    lab.tproxy.setsockopt(local.fileno(), ASSIGN.ljust(length, b"\xff"))
+    assert lab.tproxy.query(local) == FOREIGN
+    lab.tproxy.unassign(local)
+
+
+def test_garbage_values_get_an_errno_of_the_table(lab: EngineLab, local: socket.socket) -> None:
+    chance = random.Random(4)
+    seen = set()
+    for _ in range(500):
+        operation = chance.choice([*range(8), chance.getrandbits(32)]).to_bytes(4, "little")
+        argument = (operation + chance.randbytes(36))[: chance.randrange(41)]
+        try:
+            chance.choice([lab.tproxy.setsockopt, lab.tproxy.getsockopt])(local.fileno(), argument)
+            seen.add("OK")
+        except OSError as problem:
+            seen.add(errno.errorcode[problem.errno or 0])
+    assert {"OK", "EINVAL", "ENOENT", "ENOPROTOOPT"} <= seen <= REPLIES
+
+
+# Descriptors.
+
+
+def pipe_end() -> int:
+    reading, writing = os.pipe()
+    os.close(writing)
+    return reading
+
+
+NOT_FOR_US: list[tuple[str, Callable[[], int], int]] = [
+    ("a-file", lambda: os.open("/etc/passwd", os.O_RDONLY), errno.ENOTSOCK),
+    ("a-path", lambda: os.open("/etc/passwd", os.O_PATH), errno.EBADF),
+    ("a-pipe", pipe_end, errno.ENOTSOCK),
+    ("a-pidfd", lambda: os.pidfd_open(os.getpid()), errno.ENOTSOCK),
+    ("memory", lambda: os.memfd_create("bad"), errno.ENOTSOCK),
+    ("a-unix-socket", lambda: socket.socket(socket.AF_UNIX, UDP).detach(), errno.EINVAL),
+    ("a-netlink-socket", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).detach(), errno.EINVAL),
+    ("a-raw-socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).detach(), errno.EINVAL),
+    ("a-packet-socket", lambda: socket.socket(socket.AF_PACKET, UDP).detach(), errno.EINVAL),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), [case[1:] for case in NOT_FOR_US], ids=[case[0] for case in NOT_FOR_US])
+def test_descriptors_that_are_no_tcp_or_udp_sockets(lab: EngineLab, make: Callable[[], int], expected: int) -> None:
+    descriptor = lab.gateway.call(make)
+    try:
+        for call in (lab.tproxy.setsockopt, lab.tproxy.getsockopt):
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                call(descriptor, ASSIGN)
+            assert caught.value.errno == expected
+    finally:
+        os.close(descriptor)
+
+
+def test_a_descriptor_that_is_not_there(lab: EngineLab) -> None:
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        lab.tproxy.call({"call": "setsockopt", "argument": ASSIGN.hex()})
+    assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("count", [1, 16, 200])
+def test_descriptors_that_nobody_asked_for_are_closed(lab: EngineLab, count: int) -> None:
+    with raw_client(lab) as client, Path(os.devnull).open() as null:
+        socket.send_fds(client, [wire.encode({"call": "counters"})], [null.fileno()] * count)
+        with contextlib.suppress(ConnectionResetError):  # so many that the engine hangs up
+            client.recv(1 << 16)
+
+
+# Requests.
+
+DESTINATION: Final = {
+    "call": "original-destination", "protocol": 17, "local": ["0a000001", 53], "peer": ["0a000002", 53],
+}  # fmt: skip
+BAD_REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    ("pid-infinite", {"pid": float("inf")}),
+    ("pid-not-a-number", {"pid": float("nan")}),
+    ("pid-enormous", {"pid": 10**30}),
+    ("pid-negative", {"pid": -1}),
+    ("pid-text", {"pid": "1"}),
+    ("pid-null", {"pid": None}),
+    ("pid-true", {"pid": True}),
+    ("argument-number", {"argument": 12}),
+    ("argument-null", {"argument": None}),
+    ("argument-list", {"argument": []}),
+    ("argument-odd", {"argument": "123"}),
+    ("argument-no-hexadecimal", {"argument": "zz" * 12}),
+    ("port-enormous", {**DESTINATION, "local": ["0a000001", 10**30]}),
+    ("port-infinite", {**DESTINATION, "local": ["0a000001", float("inf")]}),
+    ("port-negative", {**DESTINATION, "local": ["0a000001", -1]}),
+    ("address-short", {**DESTINATION, "local": ["0a", 53]}),
+    ("address-long", {**DESTINATION, "peer": ["00" * 1000, 53]}),
+    ("two-families", {**DESTINATION, "peer": ["00" * 16, 53]}),
+    ("endpoint-number", {**DESTINATION, "local": 1}),
+    ("protocol-infinite", {**DESTINATION, "protocol": float("inf")}),
+    ("protocol-object", {**DESTINATION, "protocol": {}}),
+    ("digest-enormous", {**DESTINATION, "digest": 10**40}),
+    ("digest-infinite", {**DESTINATION, "digest": float("inf")}),
+    ("text-number", {"call": "restore", "text": 5}),
+    ("text-half-a-character", {"call": "restore", "text": "\ud800"}),
+    ("rules-of-numbers", {"call": "rules", "arguments": [1, 2]}),
+    ("rules-half-a-character", {"call": "rules", "arguments": ["-A", "PREROUTING", "\ud800"]}),
+    ("call-object", {"call": {}}),
+]
+
+
+@pytest.mark.parametrize("request_", [case[1] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS])
+def test_malformed_requests_are_told_and_harm_nobody(
+    lab: EngineLab, local: socket.socket, request_: dict[str, Any]
+) -> None:
+    call = {"call": "setsockopt", "argument": ASSIGN.hex(), **request_}
+    with pytest.raises(ControlError):
+        lab.tproxy.call(call, None if "protocol" in call else local.fileno())
+    assert lab.tproxy.call({"call": "sockrefs"}) == {"sockrefs": []}
+
+
+def test_bytes_that_are_no_requests(lab: EngineLab) -> None:
+    chance = random.Random(5)
+    with raw_client(lab) as client:
+        for _ in range(200):
+            client.sendall(chance.randbytes(chance.randrange(1, 100)).replace(b"\n", b"") + b"\n")
+            assert b"not a request" in client.recv(1 << 16)
+
+
+# Floods.
+
+
+def round_trips(tproxy: Tproxy, sock: socket.socket, seconds: float) -> list[float]:
+    """How long a client waits for each of its replies, in seconds, when it asks every 2 ms."""
+    times = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        tproxy.setsockopt(sock.fileno(), pack_number(Operation.VERSION, 2 << 24))
+        times.append(time.perf_counter() - begin)
+        time.sleep(0.002)  # the pace of the measurement, not a wait for anything
+    return times
+
+
+def ask_without_end(client: socket.socket) -> None:
+    """Send requests as fast as they are taken, and read all replies."""
+    requests = wire.encode({"call": "sockrefs"}) * 100
+    with contextlib.suppress(OSError):
+        while True:
+            client.sendall(requests)
+            client.recv(1 << 20)
+
+
+def send_without_reading(client: socket.socket) -> None:
+    """Send requests and never read a reply."""
+    requests = wire.encode({"call": "counters"}) * 100
+    with contextlib.suppress(OSError):
+        while True:
+            client.sendall(requests)
+
+
+def send_one_endless_request(client: socket.socket) -> None:
+    """Send a line that does not end, again and again."""
+    with contextlib.suppress(OSError):
+        while True:
+            client.sendall(b"[" * 65536)
+
+
+@pytest.mark.parametrize("flood", [ask_without_end, send_without_reading, send_one_endless_request])
+def test_a_flood_from_one_client_delays_no_other(
+    lab: EngineLab, local: socket.socket, flood: Callable[[socket.socket], None], record_property: Any
+) -> None:
+    with raw_client(lab) as client, lab.gateway.call(Tproxy) as other:
+        quiet = statistics.median(round_trips(other, local, 0.2))
+        flooding = threading.Thread(target=flood, args=[client])
+        flooding.start()
+        try:
+            times = round_trips(other, local, 0.8)
+        finally:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            flooding.join()
+    typical, late = statistics.median(times), statistics.quantiles(times, n=20)[-1]
+    numbers = f"quiet {quiet * 1e3:.2f} ms, flooded {typical * 1e3:.2f} ms, one in twenty over {late * 1e3:.2f} ms"
+    record_property("delay", numbers)
+    print(numbers)
+    assert typical < DELAY, numbers
+    assert late < 10 * DELAY, numbers  # the machine may have other things to do
+
+
+def test_more_connections_than_allowed_leave_those_that_are_there(lab: EngineLab, local: socket.socket) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(600):
+            stack.enter_context(raw_client(lab))
+        lab.tproxy.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
+
+
+# Unmodified programs.
+
+
+def test_garbage_from_an_unmodified_program(lab: EngineLab, programs: Path) -> None:
+    result = lab.gateway.run([*RUN, str(programs / "garbage"), "6", "3000"])
+    counts = dict(line.split() for line in result.stdout.splitlines())
+    assert sum(map(int, counts.values())) == 3000
+    assert {"OK", "EINVAL", "EBADF", "ENOTSOCK", "ENOENT", "ENOPROTOOPT"} <= set(counts) <= REPLIES
+
+
+def test_a_flood_from_a_program_delays_no_other(lab: EngineLab, local: socket.socket, programs: Path) -> None:
+    program = lab.gateway.start("flood", [*RUN, str(programs / "flood"), "100000000"])
+    until(lambda: lab.tproxy.call({"call": "counters"}), "the engine is there")
+    times = round_trips(lab.tproxy, local, 0.8)
+    program.stop()
+    lab.lab.programs.pop(("gateway", "flood"))
+    assert statistics.median(times) < DELAY
