@@ -43,8 +43,8 @@ class SocketCall:
 
     `length` is the program's own; `value` is what the option takes of that many bytes (getsockopt: what lay in the
     buffer, where IP_TPROXY has its op), so it may be shorter. `socket_fd` is a copy of the program's socket, open as
-    long as the handler runs. `pid` is the process, `uid` its effective user; `is_privileged`: it has CAP_NET_ADMIN over
-    the supervisor's network namespace.
+    long as the handler runs. `pid` is the process, `thread` that of its threads which calls, `uid` the thread's
+    effective user; `is_privileged`: it has CAP_NET_ADMIN over the supervisor's network namespace.
     """
 
     direction: Direction
@@ -53,6 +53,7 @@ class SocketCall:
     value: bytes
     length: int
     socket_fd: int
+    thread: int
     pid: int
     uid: int
     is_privileged: bool
@@ -243,6 +244,7 @@ def _read_request(call: _Call, length: int, caller: Caller, taken: socket.socket
         value=caller.read(call.value_at, min(length, size.most), at_least=size.enough),
         length=length,
         socket_fd=taken.fileno(),
+        thread=caller.identity.thread,
         pid=caller.identity.pid,
         uid=caller.identity.uid,
         is_privileged=caller.identity.is_privileged,

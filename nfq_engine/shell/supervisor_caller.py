@@ -31,8 +31,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who makes a call: process, effective user, and whether it has CAP_NET_ADMIN over the supervisor's network."""
+    """Who makes a call: thread, process, effective user; has it CAP_NET_ADMIN over the supervisor's network?
 
+    Users and capabilities are each thread's own.
+    """
+
+    thread: int
     pid: int
     uid: int
     is_privileged: bool
@@ -83,7 +87,7 @@ class Caller:
         folder = f"/proc/{thread}"
         self._memory = os.open(f"{folder}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
-            self.identity = _identify(folder, administrators)
+            self.identity = _identify(thread, administrators)
             self._pidfd = open_thread(thread, self.identity.pid)
         except BaseException:
             os.close(self._memory)
@@ -128,8 +132,9 @@ class Caller:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
-def _identify(folder: str, administrators: frozenset[int]) -> Identity:
+def _identify(thread: int, administrators: frozenset[int]) -> Identity:
     """Read a thread's process, user and rights from its /proc folder."""
+    folder = f"/proc/{thread}"
     status = os.open(f"{folder}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(status, _STATUS_SIZE)
@@ -142,4 +147,4 @@ def _identify(folder: str, administrators: frozenset[int]) -> Identity:
     is_privileged = has_capability and (
         os.stat(f"{folder}/ns/user").st_ino in administrators  # noqa: PTH116 - a Path costs as much as the call
     )
-    return Identity(int(found[1]), int(found[2]), is_privileged)
+    return Identity(thread, int(found[1]), int(found[2]), is_privileged)

@@ -75,9 +75,9 @@ class EngineHandler:
     def _do(self, call: SocketCall) -> bytes:
         """The value of a getsockopt, nothing for a setsockopt; OSError with the call's errno."""
         if call.option == IP_TPROXY and call.direction is Direction.GET:
-            return self._engine.ask(lambda engine: engine.getsockopt(call.socket_fd, call.value, call.pid))
+            return self._engine.ask(lambda engine: engine.getsockopt(call.socket_fd, call.value, call.thread))
         if call.option == IP_TPROXY:
-            self._engine.ask(lambda engine: engine.setsockopt(call.socket_fd, call.value, call.pid))
+            self._engine.ask(lambda engine: engine.setsockopt(call.socket_fd, call.value, call.thread))
             return b""
         if call.option != IP_RECVORIGADDRS:
             return self._original_destination(call)
