@@ -51,14 +51,14 @@ class Mapping:
 class FirstDecision:
     """The decision on a first packet, and the mapping that must be in place before the packet goes on.
 
-    `flow` is the packet's tuple, None when it was not read. `is_kept`: it is a datagram of a connection that conntrack
-    has, so none for a one-way listener.
+    `flow` is the packet's tuple, None when it was not read. `of`: the connection, made on a sockref's word, that the
+    packet belongs to although it came here: no further packet of this tuple need come.
     """
 
     decision: Decision
     flow: FlowTuple | None = None
     mapping: Mapping | None = None
-    is_kept: bool = False
+    of: Connection | None = None
 
 
 class KernelEngine(TproxyTable):
@@ -192,8 +192,9 @@ class KernelEngine(TproxyTable):
     def _decide_destination(self, arrival: Arrival, segment: Segment) -> FirstDecision:
         """Find the destination that a sockref or a rule gives a new connection."""
         flow = segment.flow
-        if self.listeners and flow.protocol is Protocol.UDP and self._is_under_way(flow):
-            return FirstDecision(Decision(Verdict.ACCEPT, Reason.ESTABLISHED), flow, is_kept=True)
+        if self.listeners and flow.protocol is Protocol.UDP and (entry := self._under_way(flow)) is not None:
+            connection, _ = self._reported.get(entry.original, (None, None))
+            return FirstDecision(Decision(Verdict.ACCEPT, Reason.ESTABLISHED), flow, of=connection)
         target = self.destination_target(arrival, segment)
         if isinstance(target, Decision):
             return FirstDecision(target)
@@ -206,14 +207,15 @@ class KernelEngine(TproxyTable):
         decision = Decision(Verdict.ACCEPT, target.reason, is_marked=target.is_marked, detail=target.rule)
         return FirstDecision(decision, flow, Mapping(Stage.DESTINATION, flow, target.to) if inside != flow else None)
 
-    def _is_under_way(self, flow: FlowTuple) -> bool:
-        """Has conntrack a connection that this datagram belongs to, which came here before conntrack saw it?
+    def _under_way(self, flow: FlowTuple) -> Tracked | None:
+        """Conntrack's entry of the connection that this datagram belongs to, which came here before conntrack saw it.
 
         Datagrams that rules could redirect to a one-way listener do. An entry that maps nothing and was never answered
         decides nothing: the next packet of such a connection counts as new for conntrack, too.
         """
         entry = self._conntrack.find(flow)
-        return entry is not None and (entry.is_mapped or entry.is_replied or flow != entry.original)
+        is_known = entry is not None and (entry.is_mapped or entry.is_replied or flow != entry.original)
+        return entry if is_known else None
 
     def _decide_source(self, arrival: Arrival, segment: Segment, connection: Connection | None) -> FirstDecision:
         """Find the source that a sockref gives a new connection; `connection`: it was met at the destination stage."""

@@ -144,6 +144,8 @@ class KernelDatapath(Datapath):
                 self._clear()  # or the packet would find what another one with its tuple left
             self._engine.counters.count(hook, first.decision.reason)
             self._give(packet, hook, first.decision)
+            if first.of is not None and first.flow is not None:
+                self._track(first.flow)
         if time.monotonic() > self.slice_end:
             raise SliceOver
 
@@ -204,9 +206,22 @@ class KernelDatapath(Datapath):
         is_datagram = flow.protocol is Protocol.UDP and mapping.stage is Stage.DESTINATION
         return is_datagram and self._diversion.is_one_way(flow.destination)
 
+    def _track(self, flow: FlowTuple) -> None:
+        """Let further datagrams of a connection pass without a look."""
+        pair = _pair(flow)
+        if pair in self._tracked:
+            return
+        try:
+            self._nft.change(_by_version("tracked", [pair]))
+        except OSError as error:
+            log.info("datagrams of %s come to the queue one by one: %s", flow, error.strerror)
+        else:
+            self._tracked.add(pair)
+
     def _forget(self, connection: Connection) -> None:
-        if self._tracked and (pair := _pair(connection.original)) in self._tracked:
-            self._gone.add(pair)
+        if self._tracked:
+            pairs = {_pair(connection.original), _pair(connection.final.inverse())}
+            self._gone |= pairs & self._tracked
 
     def _untrack(self) -> None:
         """Let the packets of connections that have gone be taken for datagrams again."""

@@ -30,6 +30,7 @@ from typing import Final, Protocol
 from netfilterqueue import NetfilterQueue
 
 from nfq_engine.core.rule_values import Owner
+from nfq_engine.shell.identifiers import IdentifierMap
 
 CUT: Final = 4096 - 80  # bytes that the library copies at the most: a packet of this size may be longer
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
@@ -106,17 +107,24 @@ class _Reader:
 
     def __init__(self, source: socket.socket) -> None:
         self._receive = source.recv
+        self._users, self._groups = (
+            IdentifierMap.read(Path(f"/proc/self/{each}_map").read_text()) for each in ("uid", "gid")
+        )
         self.owner: Owner | None = None  # of the socket that sent the packet which was read last
 
     def recv(self, _library_size: int) -> bytes:
         """One message, however large."""
         message = self._receive(_MESSAGE)
-        self.owner = _owner_in(message)
+        numbers = _owner_in(message)
+        if numbers is None:
+            self.owner = None
+        else:
+            self.owner = Owner(self._users.inside(numbers[0]), self._groups.inside(numbers[1]))
         return message
 
 
-def _owner_in(message: bytes) -> Owner | None:
-    """The owner that the kernel names in a queue message, which the library keeps for itself."""
+def _owner_in(message: bytes) -> tuple[int, int] | None:
+    """User and group that the kernel names in a queue message, which the library keeps for itself."""
     numbers: dict[int, int] = {}
     at = _ATTRIBUTES_AT
     while at + _ATTRIBUTE.size <= len(message):
@@ -128,7 +136,7 @@ def _owner_in(message: bytes) -> Owner | None:
         at += length + 3 & ~3
     if len(numbers) < 2:
         return None
-    return Owner(numbers[_NFQA_UID], numbers[_NFQA_GID])
+    return numbers[_NFQA_UID], numbers[_NFQA_GID]
 
 
 class PacketQueue:

@@ -202,7 +202,17 @@ def test_datagram_of_a_connection_is_none_for_a_one_way_listener(
     one_way(engine)
     conntrack.entries = [replace(conntrack.add(original, inside), is_replied=is_replied)]
     first = decide(engine, Hook.PREROUTING, flow(CLIENT, SERVER))
-    assert (first.decision.reason, first.is_kept) == (reason, reason is Reason.ESTABLISHED)
+    assert (first.decision.reason, first.mapping) == (reason, None)
+
+
+def test_connection_of_a_sockref_is_known_by_its_answers(engine: KernelEngine, conntrack: FakeConntrack) -> None:
+    one_way(engine)
+    sockref = add(engine, Flag.ESTABLISHED, foreign=SERVER, remote=CLIENT)
+    of = flow(PROXY, CLIENT)
+    assert decide(engine, Hook.POSTROUTING, of).mapping is not None
+    engine.appeared(conntrack.add(of, of, flow(SERVER, CLIENT)))
+    [connection] = sockref.related
+    assert decide(engine, Hook.PREROUTING, flow(CLIENT, SERVER)).of is connection
 
 
 def test_redirects_to_what_becomes_a_one_way_listener_are_deleted(
