@@ -98,7 +98,7 @@ def summarise(
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options every benchmark has (`--json FILE`, `--rounds N`); a module adds its own to it."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--json", type=_new_file, metavar="FILE", help="write the result there as JSON")
+    options.add_argument("--json", type=new_file, metavar="FILE", help="write the result there as JSON")
     options.add_argument("--rounds", type=_positive, default=rounds, metavar="N", help="default: %(default)s")
     return options
 
@@ -136,7 +136,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _new_file(text: str) -> Path:
+def new_file(text: str) -> Path:
     """A path that can be written: a benchmark must not run for a minute and only then fail to save."""
     path = Path(text)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

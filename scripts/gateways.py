@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from testbed.lab import Lab
-from testbed.topology import ENGINE, EngineSpec
+from testbed.topology import ENGINE, EngineSpec, Node
 from testbed.topology_file import loads
 
 ASKED: Final = 80
 SERVED: Final = 50080
+GATEWAY: Final = "10.0.0.1"
 ELSEWHERE: Final = "198.51.100.7"
 CASES: Final = ("engine", "plain")
 
@@ -29,23 +30,29 @@ name: bench-gateway
 nodes: {client: {routes: [{to: 0.0.0.0/0, via: 10.0.0.1}]}, gateway: {kind: router}}
 links: [{ends: [{node: client, addresses: [10.0.0.2/24]}, {node: gateway, addresses: [10.0.0.1/24]}]}]
 """
+_BASE: Final = loads(_TOPOLOGY)
+_GATEWAY_NODE: Final = _BASE.node("gateway")
 _QUEUES: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 
 
 def running(case: str, stack: ExitStack, *, offload: bool = False) -> Lab:
     """A lab with one of the gateways, until the end of the stack; `offload` as in a topology."""
-    base = loads(_TOPOLOGY)
-    gateway = base.node("gateway")
-    match case:
-        case "engine":
-            rule = f"-A PREROUTING -p tcp -m tcp --dport {ASKED} -j TPROXY --on-port {SERVED}"
-            gateway = replace(gateway, engine=EngineSpec(datapath="kernel", rules=(rule,)))
-        case _:
-            rule = f"tcp dport {ASKED} dnat to 10.0.0.1:{SERVED}"
-            chain = f"chain prerouting {{\ntype nat hook prerouting priority dstnat\n{rule}\n }}"
-            gateway = replace(gateway, nft=f"table ip plain {{\n{chain}\n}}\n")
-    nodes = tuple(gateway if node.name == gateway.name else node for node in base.nodes)
-    return stack.enter_context(Lab(replace(base, nodes=nodes, offload=offload), capture=False))
+    if case == "engine":
+        rule = f"-A PREROUTING -p tcp -m tcp --dport {ASKED} -j TPROXY --on-port {SERVED}"
+        return with_engine(EngineSpec(datapath="kernel", rules=(rule,)), stack, offload=offload)
+    rule = f"tcp dport {ASKED} dnat to {GATEWAY}:{SERVED}"
+    chain = f"chain prerouting {{\ntype nat hook prerouting priority dstnat\n{rule}\n}}"
+    return _entered(replace(_GATEWAY_NODE, nft=f"table ip plain {{\n{chain}\n}}\n"), stack, offload)
+
+
+def with_engine(engine: EngineSpec | None, stack: ExitStack, *, offload: bool = False) -> Lab:
+    """A lab whose gateway has this engine, or none, until the end of the stack."""
+    return _entered(replace(_GATEWAY_NODE, engine=engine), stack, offload)
+
+
+def _entered(gateway: Node, stack: ExitStack, offload: bool) -> Lab:
+    nodes = tuple(gateway if node.name == gateway.name else node for node in _BASE.nodes)
+    return stack.enter_context(Lab(replace(_BASE, nodes=nodes, offload=offload), capture=False))
 
 
 def compiled(program: str, stack: ExitStack) -> Path:

@@ -234,7 +234,7 @@ class Entry:
 
     With thousands of flows the hot path's time goes into objects that are in no cache, so it finds all it needs here:
     the parts of the rewrite (`key` is None when there is none), and packets and bytes in one number, `traffic`, of
-    which a packet is worth `PACKET` and its bytes.
+    which a packet is worth `PACKET` and its bytes. `found_by` is the key that it has in the table.
     """
 
     __slots__ = (
@@ -242,6 +242,7 @@ class Entry:
         "connection",
         "delta",
         "direction",
+        "found_by",
         "is_settled",
         "key",
         "last_seen",
@@ -249,8 +250,9 @@ class Entry:
         "traffic",
     )
 
-    def __init__(self, connection: Connection, direction: Direction, rewrite: Rewrite | None) -> None:
+    def __init__(self, connection: Connection, direction: Direction, found_by: bytes, rewrite: Rewrite | None) -> None:
         self.connection = connection
+        self.found_by = found_by
         self.direction = direction
         self.rewrite = rewrite
         self.is_settled = (connection.state, direction) in _SETTLED
@@ -338,8 +340,9 @@ class ConnectionTable:
         del self._connections[connection.identifier]
         if self._undecided.get(connection.inside) is connection:
             del self._undecided[connection.inside]
-        for stage, direction in list(connection.entries):
-            self._take(connection, stage, direction)
+        for (stage, _), entry in connection.entries.items():
+            del self.entries[stage][connection.inside.protocol][entry.found_by]
+        connection.entries.clear()
 
     def expired(self, now: float) -> list[Connection]:
         """The connections whose time is over; they are still in the table.
@@ -369,16 +372,17 @@ class ConnectionTable:
         """Make the entry of one stage and way; where both ways share a key, the original one keeps it."""
         flow, becomes = _wire(connection, stage, direction)
         entries = self.entries[stage][flow.protocol]
-        if flow.key in entries:
+        key = flow.key
+        if key in entries:
             return
         rewrite = Rewrite.between(flow, becomes) if flow != becomes else None
-        entries[flow.key] = connection.entries[stage, direction] = Entry(connection, direction, rewrite)
+        entries[key] = connection.entries[stage, direction] = Entry(connection, direction, key, rewrite)
 
     def _take(self, connection: Connection, stage: Stage, direction: Direction) -> None:
         """Remove the entry of one stage and way, if there is one."""
-        if connection.entries.pop((stage, direction), None) is not None:
-            flow, _ = _wire(connection, stage, direction)
-            del self.entries[stage][flow.protocol][flow.key]
+        entry = connection.entries.pop((stage, direction), None)
+        if entry is not None:
+            del self.entries[stage][connection.inside.protocol][entry.found_by]
 
 
 def _wire(connection: Connection, stage: Stage, direction: Direction) -> tuple[FlowTuple, FlowTuple]:

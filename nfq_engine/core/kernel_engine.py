@@ -97,6 +97,11 @@ class KernelEngine(TproxyTable):
             first = FirstDecision(Decision(Verdict.DROP, Reason.OVERSIZED, detail=f"{len(arrival.data)} bytes"))
         return first
 
+    @property
+    def awaits_reports(self) -> bool:
+        """Could a report of conntrack tell anything? What rules redirect is left to conntrack alone."""
+        return bool(self.sockrefs or self._waiting or self._reported)
+
     def appeared(self, tracked: Tracked) -> None:
         """Conntrack has a new entry that carries our mark."""
         connection = self._waiting.get((Stage.DESTINATION, tracked.original))

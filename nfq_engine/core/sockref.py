@@ -100,6 +100,9 @@ class SockrefTable:
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._by_local.values())
 
+    def __bool__(self) -> bool:
+        return bool(self._by_local)
+
     def __iter__(self) -> Iterator[Sockref]:
         for entries in self._by_local.values():
             yield from entries

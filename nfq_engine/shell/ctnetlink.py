@@ -45,6 +45,7 @@ _GROUPS: Final = (1, 3)  # NFNLGRP_CONNTRACK_NEW, NFNLGRP_CONNTRACK_DESTROY
 _EVENTS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 _SOL_NETLINK: Final = 270
 _ADD_MEMBERSHIP: Final = 1
+_DROP_MEMBERSHIP: Final = 2
 
 # enum ctattr_type and those below it
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _PROTOINFO, _TIMEOUT, _MARK = 1, 2, 3, 4, 7, 8
@@ -83,7 +84,7 @@ _Range = tuple[int, int]
 _U32: Final = struct.Struct("!I")
 
 
-def _tuple_attribute(kind: int, flow: FlowTuple) -> bytes:
+def tuple_attribute(kind: int, flow: FlowTuple) -> bytes:
     """CTA_TUPLE_ORIG or CTA_TUPLE_REPLY."""
     further = 0 if len(flow.source.address) == 4 else 2
     return nested(
@@ -178,7 +179,7 @@ class KernelConntrack:
     def find(self, flow: FlowTuple) -> Tracked | None:
         """The entry that packets with this tuple belong to, whichever direction of it they are."""
         sequence = next(self._sequence)
-        self._asking.send(message(_GET, REQUEST, _family(flow), 0, _tuple_attribute(_TUPLE_ORIGINAL, flow), sequence))
+        self._asking.send(message(_GET, REQUEST, _family(flow), 0, tuple_attribute(_TUPLE_ORIGINAL, flow), sequence))
         for data, kind, at, end in self._answers(sequence):
             if kind == _NEW:
                 return parse_entry(data, at, end)
@@ -235,7 +236,7 @@ class KernelConntrack:
 
 
 def _deletion(entry: Tracked, sequence: int) -> bytes:
-    body = _tuple_attribute(_TUPLE_ORIGINAL, entry.original) + attribute(_ID, _U32.pack(entry.identifier))
+    body = tuple_attribute(_TUPLE_ORIGINAL, entry.original) + attribute(_ID, _U32.pack(entry.identifier))
     return message(_DELETE, REQUEST, _family(entry.original), 0, body, sequence)
 
 
@@ -248,10 +249,10 @@ class Report:
 
 
 class ConntrackNews:
-    """The reports of new and gone entries that carry the tproxy mark."""
+    """The reports of new and gone entries that carry the tproxy mark, while somebody wants them (`listen`)."""
 
     def __init__(self, mark: int) -> None:
-        """Listen; OSError(EOPNOTSUPP) when conntrack is told to report nothing."""
+        """OSError(EOPNOTSUPP) when conntrack is told to report nothing."""
         if _EVENTS.exists() and _EVENTS.read_text().strip() == "0":
             raise OSError(errno.EOPNOTSUPP, f"conntrack reports nothing: {_EVENTS} is 0, set it to 1 or 2")
         self._news = open_socket()
@@ -261,12 +262,21 @@ class ConntrackNews:
         except PermissionError:  # a user namespace may not
             self._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NEWS_BUFFER)
         _attach_mark_filter(self._news, mark)
-        for group in _GROUPS:
-            self._news.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        self._is_listening = False
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when there is news."""
         return self._news.fileno()
+
+    def listen(self, *, wanted: bool) -> None:
+        """Get the reports of what happens from now on, or none any more.
+
+        Where nobody listens, conntrack does not even write them (net.netfilter.nf_conntrack_events = 2).
+        """
+        if wanted is not self._is_listening:
+            for group in _GROUPS:
+                self._news.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP if wanted else _DROP_MEMBERSHIP, group)
+            self._is_listening = wanted
 
     def read(self) -> tuple[list[Report], bool]:
         """The reports since the last call, in order, and whether that is all of them: else compare with conntrack."""

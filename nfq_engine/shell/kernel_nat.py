@@ -93,6 +93,7 @@ class KernelDatapath(Datapath):
         """Divert what sockrefs and rules could want now."""
         if self._gone:
             self._untrack()
+        self._news.listen(wanted=self._engine.awaits_reports)
         self._diversion.adjust()
 
     def tick(self, now: float) -> None:
