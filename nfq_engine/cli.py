@@ -27,9 +27,11 @@ from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run
 _RULES_HELP: Final = """\b
 Rules are given as to iptables, without -t:
   tproxyctl -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 50080
-  tproxyctl -I|-D CHAIN ...   -F|-Z|-L|-S [CHAIN]   -N|-X CHAIN   -P CHAIN ACCEPT|DROP   -L -v
+  tproxyctl -A|-I|-R|-D|-C CHAIN ...   -F|-Z|-S [CHAIN]   -N|-X CHAIN   -E CHAIN NAME   -P CHAIN ACCEPT|DROP
+  tproxyctl -L [CHAIN] -n -v -x --line-numbers
 \b
-Matches: -p -s -d -i -o --sport --dport, each with !, ports as ranges.
+Matches: -p -s -d -i -o --sport --dport, each with !, ports as ranges; -m multiport, mark, comment, addrtype, limit,
+statistic, and, from OUTPUT, owner.
 Targets: TPROXY --on-port PORT [--on-ip ADDRESS], ACCEPT, DROP, RETURN, or a chain of your own.
 \b
 Exit codes: 0 done, 1 the engine refused or is not there, 2 wrong usage."""
