@@ -190,7 +190,7 @@ class Lab:
         if key not in self.programs:
             log.unlink(missing_ok=True)  # of an earlier lab in this directory
         namespace = self._builder.namespace(node)
-        program = Program(f"{node}/{service.name}", service.command, namespace, log, service.ready)
+        program = Program(f"{node}/{service.name}", service.words, namespace, log, service.ready)
         self.programs[key] = program
         self._undo.add(program.label, program.stop)
         return program

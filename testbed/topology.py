@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Final
 
 Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -56,6 +56,21 @@ class Readiness:
     within: float = 10.0  # seconds
 
 
+class TproxyCalls(Enum):
+    """Which calls of a service, a program written for tproxy and unmodified, the node's engine is to serve."""
+
+    NONE = auto()
+    SOCKOPTS = auto()  # IP_TPROXY, SO_ORIGINAL_DST
+    SOCKOPTS_AND_RECVMSG = auto()  # and IP_RECVORIGADDRS, which costs every recvmsg
+
+
+_WRAPPERS: Final = {
+    TproxyCalls.NONE: (),
+    TproxyCalls.SOCKOPTS: ("tproxyctl", "run", "--"),
+    TproxyCalls.SOCKOPTS_AND_RECVMSG: ("tproxyctl", "run", "--recvorigaddrs", "--"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A program that runs in a node as long as the lab does."""
@@ -63,6 +78,12 @@ class Service:
     name: str
     command: tuple[str, ...]
     ready: Readiness = Readiness()
+    tproxy: TproxyCalls = TproxyCalls.NONE
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What is run in the node."""
+        return (*_WRAPPERS[self.tproxy], *self.command)
 
 
 @dataclass(frozen=True, slots=True)

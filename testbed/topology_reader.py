@@ -28,12 +28,18 @@ from testbed.topology import (
     Route,
     Service,
     Topology,
+    TproxyCalls,
 )
 from testbed.topology_checks import Problem, Where
 
 _AUTOMATIC: Final = {"auto": FAMILIES, "auto4": (4,), "auto6": (6,)}
 _DEFAULT: Final[dict[int, Network]] = {4: ipaddress.IPv4Network("0.0.0.0/0"), 6: ipaddress.IPv6Network("::/0")}
 
+_TPROXY_CALLS: Final = {
+    False: TproxyCalls.NONE,
+    True: TproxyCalls.SOCKOPTS,
+    "recvorigaddrs": TproxyCalls.SOCKOPTS_AND_RECVMSG,
+}
 _DURATIONS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)")
@@ -166,7 +172,8 @@ def _service(name: str, value: Mapping[str, Any]) -> Service:
         notify=ready.get("notify", False),
         within=float(ready.get("within", Readiness().within)),
     )
-    return Service(name, tuple(str(part) for part in value["command"]), readiness)
+    command = tuple(str(part) for part in value["command"])
+    return Service(name, command, readiness, _TPROXY_CALLS[value.get("tproxy", False)])
 
 
 def _words_of_rule(rule: str) -> list[str]:

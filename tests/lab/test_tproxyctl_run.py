@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from testbed.lab import Lab
 from testbed.process import Program
@@ -18,6 +20,7 @@ from testbed.topology_file import loads
 
 pytestmark = pytest.mark.lab
 
+yaml = YAML(typ="safe")
 SOURCES = Path(__file__).parents[1] / "programs"
 TOPOLOGY = """
 name: run
@@ -110,6 +113,20 @@ def test_original_destination_of_a_redirected_connection(lab: Lab, programs: Pat
     assert asked(lab, SERVER, 80) == b"hello\n"
     finished(program)
     assert f"destination {SERVER}:80" in program.log.read_text()
+
+
+def test_services_of_a_topology_run_unmodified(programs: Path, tmp_path: Path) -> None:
+    description = yaml.load(TOPOLOGY)
+    description["nodes"]["gateway"]["services"] = {
+        "listener": {
+            "command": [str(programs / "zorp_listener"), INNER, 7007, FOREIGN, 7],
+            "ready": {"port": 7007},
+            "tproxy": True,
+        }
+    }
+    with Lab(loads(json.dumps(description)), tmp_path) as lab:
+        assert asked(lab, FOREIGN, 7) == b"hello\n"
+        finished(lab.programs["gateway", "listener"])
 
 
 def test_without_an_engine_it_is_a_kernel_without_tproxy(lab: Lab, programs: Path) -> None:

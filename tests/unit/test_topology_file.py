@@ -62,6 +62,23 @@ def test_nodes_become_values(lab: Topology) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "wrapper"),
+    [
+        pytest.param("", (), id="not-asked-for"),
+        pytest.param(", tproxy: false", (), id="off"),
+        pytest.param(", tproxy: true", ("tproxyctl", "run", "--"), id="on"),
+        pytest.param(
+            ", tproxy: recvorigaddrs", ("tproxyctl", "run", "--recvorigaddrs", "--"), id="with-original-addresses"
+        ),
+    ],
+)
+def test_services_written_for_tproxy_run_unmodified(option: str, wrapper: tuple[str, ...]) -> None:
+    lab = loads(f"name: zorp\nnodes: {{gateway: {{services: {{zorp: {{command: [zorp]{option}}}}}}}}}\nlinks: []\n")
+    [service] = lab.node("gateway").services
+    assert service.words == (*wrapper, "zorp")
+
+
 def test_what_an_end_does_not_say_follows_from_its_place(lab: Topology) -> None:
     automatic, written = lab.links
     assert [end.interface for end in (*automatic.ends, *written.ends)] == ["eth0", "eth0", "eth1", "wan"]
