@@ -163,7 +163,7 @@ class Answers:
                 "hooks": hooks,
                 "malformed": dict(counters.malformed),
                 "connections": self._datapath.connection_count(),
-                "sockrefs": len(self._table.sockrefs),
+                "sockrefs": len(self._table.sockrefs) + len(self._table.listeners),
                 **self._status(),
             }
         }

@@ -11,6 +11,7 @@ import pytest
 from engine_lab import ANY, TCP, UDP, EngineLab, engine_lab, until
 
 from nfq_engine.core.surroundings import AddressType
+from nfq_engine.shell import interfaces
 from nfq_engine.shell.interfaces import HostInterfaces
 
 pytestmark = pytest.mark.lab
@@ -217,6 +218,27 @@ def test_types_of_addresses_are_the_kernels(lab: EngineLab) -> None:
         found = {address: host.address_type(packed(address)) for address in expected}
     host.close()
     assert found == {address: AddressType[name.upper()] for address, name in expected.items()}
+
+
+def test_routes_of_others_are_no_reason_to_look_again(lab: EngineLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that learns thousands of routes a second has one table of its own addresses."""
+    looks: list[int] = []
+
+    def look(size: int) -> list[tuple[int, int, AddressType]]:
+        looks.append(size)
+        return []
+
+    monkeypatch.setattr(interfaces, "_local_routes", look)
+    with lab.gateway.namespace.entered():
+        host = HostInterfaces()
+    for command in ("route add 203.0.113.0/24 dev eth1", "route add local 203.0.113.9 dev lo"):
+        host.address_type(packed("203.0.113.9"))
+        lab.gateway.run(["ip", *command.split()])
+        host.forget()
+    assert looks == [4]
+    host.address_type(packed("203.0.113.9"))
+    assert looks == [4, 4]
+    host.close()
 
 
 def packed(address: str) -> bytes:

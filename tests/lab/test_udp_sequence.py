@@ -172,6 +172,7 @@ def test_listener_is_among_the_sockrefs_and_other_calls_on_it_find_none(lab: Eng
         with pytest.raises(FileNotFoundError):
             call(listener)
     assert lab.ask("sockrefs") == [entry]
+    assert lab.ask("counters")["sockrefs"] == 1
 
 
 def test_traffic_of_connections_passes_beside_a_listener(tmp_path: Path, datapath: str) -> None:
@@ -261,6 +262,20 @@ def test_python_is_told_the_original_addresses(lab: EngineLab, version: int, is_
     direct.sendto(b"direct", (lab.gateway.address(version, "eth0"), 50053))
     data, peer, original = lab.tproxy.receive_original(listener)
     assert (data, str(peer), original) == (b"direct", endpoint(lab.client.address(version), 40001), None)
+
+
+@pytest.mark.parametrize("flags", [Flag.LISTEN, ONE_WAY], ids=["mapping", "one-way"])
+def test_owner_of_a_foreign_address_is_told_it(lab: EngineLab, flags: Flag) -> None:
+    listener = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 7000)
+    lab.tproxy.assign(listener, FOREIGN[4], 53)
+    lab.tproxy.set_flags(listener, flags)
+    client = lab.bound(lab.client, UDP, lab.client.address(), 40000)
+    for _ in range(2):
+        client.sendto(b"?", (FOREIGN[4], 53))
+        _, peer, original = lab.tproxy.receive_original(listener)
+        assert original is not None
+        assert str(peer) == str(original.source) == endpoint(lab.client.address(), 40000)
+        assert str(original.destination) == endpoint(FOREIGN[4], 53)
 
 
 def endpoint(address: str, port: int) -> str:
