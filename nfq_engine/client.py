@@ -82,7 +82,10 @@ class Tproxy:
         self.setsockopt(sock.fileno(), pack_number(Operation.UNASSIGN))
 
     def set_flags(self, sock: socket.socket, flags: Flag) -> None:
-        """Say what the foreign address is for: CONNECT, LISTEN or ESTABLISHED, with ONCE and UNIDIR."""
+        """Say what the foreign address is for: CONNECT, LISTEN or ESTABLISHED, with ONCE and UNIDIR.
+
+        LISTEN | UNIDIR may be said of a bound UDP socket without one: what rules redirect to it is then one-way.
+        """
         self.setsockopt(sock.fileno(), pack_number(Operation.FLAGS, flags))
 
     def connect(self, sock: socket.socket, address: str, port: int) -> None:

@@ -195,6 +195,33 @@ def test_traffic_of_connections_passes_beside_a_listener(tmp_path: Path, datapat
         assert listener.recv(10) == b"new"
 
 
+def test_other_rules_of_the_same_chain_make_connections_as_always(tmp_path: Path, datapath: str) -> None:
+    with engine_lab(tmp_path, (), datapath) as lab:
+        for text in (
+            "-N own",
+            "-A PREROUTING -i eth0 -p udp -j own",
+            "-A own -p udp --dport 5353 -j TPROXY --on-port 50053",
+            "-A own -p udp --dport 53 -j TPROXY --on-port 50054",
+        ):
+            lab.rules(*text.split())
+        one_way_listener(lab)
+        proxy = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 50054)
+        server = lab.bound(lab.server, UDP, lab.server.address(), 54)
+        for answering, port in ((proxy, 53), (server, 54)):
+            client = lab.open(lab.client, UDP)
+            for number in range(3):
+                client.sendto(b"%d" % number, (lab.server.address(), port))
+                data, peer = answering.recvfrom(10)
+                assert data == b"%d" % number
+                answering.sendto(b"answer", peer)
+                assert client.recvfrom(10) == (b"answer", (lab.server.address(), port))
+        assert lab.reasons("PREROUTING")["redirect"] == 1
+        counted = lab.gateway.run(["tproxyctl", "-L", "own", "-nvx"]).stdout.splitlines()[2:]
+        assert [line.split()[0] for line in counted] == ["0", "1"]
+        [rule] = lab.gateway.run(["tproxyctl", "-L", "PREROUTING", "-nvx"]).stdout.splitlines()[2:]
+        assert rule.split()[0] == "2", "the first datagram of each connection"
+
+
 def test_own_datagrams_are_redirected_one_way_at_output(tmp_path: Path, datapath: str, programs: Path) -> None:
     rule = "-A OUTPUT -p udp -m udp --dport 5353 -j TPROXY --on-port 50053"
     with engine_lab(tmp_path, (rule,), datapath) as lab:
