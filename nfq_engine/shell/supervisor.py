@@ -192,6 +192,8 @@ class Supervisor:
         if call.option not in self._options:  # a socketcall that is none of ours
             self._listener.let_go_on(notification)
             return
+        if call.option.option == IP_RECVORIGADDRS and notification.table.recvmsg is None:
+            raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))  # its recvmsg is never handed over
         with _take_socket(caller, call.descriptor) as taken:
             if call.option.direction is Direction.GET:
                 self._get(notification, call, caller, taken)

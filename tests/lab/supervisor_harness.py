@@ -3,8 +3,9 @@
 Settings: `record` (a file that gets a JSON line with the supervisor's pid, then one line a call), `rules` (the first
 that fits a call decides its reply; with none that fits it succeeds, a getsockopt with what was in the buffer),
 `original_dst` (trap SO_ORIGINAL_DST too), `original` (trap recvmsg too; the address and port that datagrams were sent
-to), `engine` (no script: ask the engine, with recvmsg), `uid` (become this user first), `refuse` (make no handler, for
-this reason), `old_kernel` (as one before Linux 5.19: any signal ends a call that the supervisor has taken on).
+to), `engine` (no script: ask the engine, with recvmsg), `patience` (seconds that it may take), `uid` (become this user
+first), `refuse` (make no handler, for this reason), `old_kernel` (as one before Linux 5.19: any signal ends a call that
+the supervisor has taken on).
 
 A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `gate` (a FIFO: reply when someone writes);
 `fails` (raise instead).
@@ -19,6 +20,7 @@ from pathlib import Path
 from struct import pack, unpack_from
 from typing import Any
 
+from nfq_engine import client
 from nfq_engine.shell import seccomp
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError, SocketOption
 from nfq_engine.shell.supervisor import Handler, SocketCall, SocketReply
@@ -79,6 +81,7 @@ def make_receiver(settings: dict[str, Any]) -> Receiver:
 
 def supervision(settings: dict[str, Any], options: frozenset[SocketOption]) -> Supervision:
     if settings.get("engine"):
+        client._PATIENCE = settings.get("patience", client._PATIENCE)  # type: ignore[misc]
         return Supervision(options, lambda: EngineHandler(has_receiver=True), EngineReceiver)
     receiver = (lambda: make_receiver(settings)) if "original" in settings else None
     return Supervision(options, lambda: make_handler(settings), receiver)

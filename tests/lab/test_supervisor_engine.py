@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,9 @@ class Engine:
         with os.fdopen(reading) as notice:
             if notice.read() != "\n":
                 pytest.fail(f"tproxyd is not ready: {self._process.communicate()[1].decode()}")
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def __enter__(self) -> "Engine":
         return self
@@ -81,6 +85,17 @@ def test_a_program_outlives_engines(start: Start, namespace: Namespace, gate: Pa
         assert assign(80) == "ENOPROTOOPT"
         with Engine(namespace):
             assert assign(80) == "OK"
+
+
+def test_an_engine_that_does_not_answer_hangs_nobody(start: Start, namespace: Namespace, gate: Path) -> None:
+    with namespace.entered():
+        run = start(sys.executable, "-c", ASSIGN_ON_DEMAND, gate, engine=True, patience=0.5)
+    with Engine(namespace) as engine, gate.open("w", buffering=1) as orders:
+        for number, port, expected in [(None, 80, "OK"), (signal.SIGSTOP, 81, "ETIMEDOUT"), (signal.SIGCONT, 82, "OK")]:
+            if number is not None:
+                engine.send_signal(number)
+            orders.write(f"{port}\n")
+            assert run.line() == expected
 
 
 REDIRECT = """*tproxy

@@ -108,3 +108,11 @@ def test_a_program_killed_while_it_waits_for_a_datagram(start: Start) -> None:
     run.line()
     run.process.kill()  # `start` sees that the supervisor ends
     assert run.output() == ""
+
+
+def test_a_supervisor_killed_while_a_program_waits_for_a_datagram(start: Start) -> None:
+    run = start("udp_listener", "127.0.0.1", 0, original=ORIGINAL)
+    run.line()
+    wait_until(lambda: waits_in_recvmsg(run.process.pid), "the program waits for a datagram")
+    os.kill(run.supervisor(), signal.SIGKILL)
+    assert run.output() == "recvmsg: ENOSYS\n"

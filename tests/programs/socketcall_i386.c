@@ -4,7 +4,8 @@
  */
 enum { SYS_EXIT = 1, SYS_SOCKETCALL = 102, SYS_GETSOCKOPT = 365, SYS_SETSOCKOPT = 366 };
 enum { CALL_SOCKET = 1, CALL_SETSOCKOPT = 14, CALL_GETSOCKOPT = 15 };
-enum { AF_INET = 2, SOCK_STREAM = 1, SOL_IP = 0, IP_TTL = 2, IP_TPROXY = 11274, EFAULT = 14 };
+enum { AF_INET = 2, SOCK_STREAM = 1, SOL_IP = 0, IP_TTL = 2, IP_TPROXY = 11274, IP_RECVORIGADDRS = 11273 };
+enum { EFAULT = 14, ENOPROTOOPT = 92 };
 
 static long call(long number, long a, long b, long c, long d, long e)
 {
@@ -44,6 +45,11 @@ static int first_failure(void)
 		return 7;
 	if (call(SYS_SOCKETCALL, CALL_SETSOCKOPT, 16, 0, 0, 0) != -EFAULT)
 		return 8;
+	/* Whoever cannot be told addresses with its datagrams is told so at once. */
+	if (socketcall(CALL_SETSOCKOPT, fd, SOL_IP, IP_RECVORIGADDRS, (long)argument, 4) != -ENOPROTOOPT)
+		return 9;
+	if (call(SYS_SETSOCKOPT, fd, SOL_IP, IP_RECVORIGADDRS, (long)argument, 4) != -ENOPROTOOPT)
+		return 10;
 	return 0;
 }
 
