@@ -113,11 +113,11 @@ class Tproxy:
         """Where a redirected connection was going, asked with the accepted socket; ENOENT when it is no such."""
         return _flow_from(self.call({"call": "original-destination"}, sock.fileno()), Protocol.TCP).destination
 
-    def original_of(self, local: Endpoint, peer: Endpoint, data: bytes) -> FlowTuple:
+    def original_of(self, local: Endpoint, peer: Endpoint, data: bytes, *, is_peeked: bool = False) -> FlowTuple:
         """Source and destination of a datagram before translation; ENOENT when it was not translated.
 
         `local` and `peer` are the addresses that it came with, `data` is all that it carried: one-way datagrams, of
-        which no connection is kept, are told apart by it.
+        which no connection is kept, are told apart by it, and told once, unless MSG_PEEK left it in the socket.
         """
         request = {
             "call": "original-destination",
@@ -125,6 +125,7 @@ class Tproxy:
             "local": [local.address.hex(), local.port],
             "peer": [peer.address.hex(), peer.port],
             "digest": digest_of(data),
+            "is_peeked": is_peeked,
         }
         return _flow_from(self.call(request), Protocol.UDP)
 

@@ -93,19 +93,17 @@ def payload_of(data: bytes, segment: Segment) -> bytes:
 
 @dataclass(slots=True)
 class _Record:
-    """Datagrams that look alike to whoever gets them: where those were going that nobody asked for yet, and the last
-    that was asked for."""
+    """Datagrams that look alike to whoever gets them, and that nobody has asked for yet."""
 
     expires: float = 0.0
-    waiting: deque[FlowTuple] = field(default_factory=lambda: deque(maxlen=_MOST_ALIKE))
-    told: FlowTuple | None = None
+    originals: deque[FlowTuple] = field(default_factory=lambda: deque(maxlen=_MOST_ALIKE))
 
 
 class Origins:
     """Where one-way datagrams were going, for as long as they may wait in a socket: bounded, the oldest go first.
 
     Their receiver knows sender, local address and bytes. Where these are the same, and only the original destination
-    was another, the order in which they came decides.
+    was another, the order in which they came decides; so each is told once.
     """
 
     def __init__(self) -> None:
@@ -118,20 +116,27 @@ class Origins:
         """A datagram has been rewritten."""
         key = _key(inside, digest)
         record = self._records.pop(key, None) or _Record()
-        record.waiting.append(original)
+        record.originals.append(original)
         record.expires = now + _LIFETIME
         self._records[key] = record
         while len(self._records) > _MOST_RECORDS or next(iter(self._records.values())).expires <= now:
             self._records.popitem(last=False)
 
-    def ask(self, inside: FlowTuple, digest: int, now: float) -> FlowTuple | None:
-        """The original tuple of a datagram that a socket got; None when nothing is known of it."""
-        record = self._records.get(_key(inside, digest))
+    def ask(self, inside: FlowTuple, digest: int, now: float, *, is_peeked: bool) -> FlowTuple | None:
+        """The original tuple of a datagram that a socket got; None when nothing is known of it.
+
+        `is_peeked`: the datagram is still in the socket, so it will be asked for again.
+        """
+        key = _key(inside, digest)
+        record = self._records.get(key)
         if record is None or record.expires <= now:
             return None
-        if record.waiting:
-            record.told = record.waiting.popleft()
-        return record.told
+        if is_peeked:
+            return record.originals[0]
+        original = record.originals.popleft()
+        if not record.originals:
+            del self._records[key]
+        return original
 
 
 def _key(inside: FlowTuple, digest: int) -> bytes:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from nfq_engine import wire
 from nfq_engine.core.option import SHORTEST, Operation, unpack_operation
@@ -106,7 +106,7 @@ class Answers:
             local, peer = endpoint_from(request["local"]), endpoint_from(request["peer"])
             if len(local.address) != len(peer.address):
                 raise ValueError("local and peer are of different families")
-        original = self._original(FlowTuple(protocol, peer, local), request.get("digest"))
+        original = self._original(FlowTuple(protocol, peer, local), request)
         if original is None:
             raise OSError(errno.ENOENT, "no mapped connection has these addresses")
         return {
@@ -114,10 +114,11 @@ class Answers:
             "source": [original.source.address.hex(), original.source.port],
         }
 
-    def _original(self, inside: FlowTuple, digest: Any) -> FlowTuple | None:
+    def _original(self, inside: FlowTuple, request: wire.Message) -> FlowTuple | None:
         """How a packet arrived that a socket got as `inside`: a one-way datagram, told by its digest, or another."""
-        if digest is not None and inside.protocol is Protocol.UDP:
-            original = self._table.origins.ask(inside, number_from(digest, _MOST_DIGEST), time.monotonic())
+        if "digest" in request and inside.protocol is Protocol.UDP:
+            digest, is_peeked = number_from(request["digest"], _MOST_DIGEST), request.get("is_peeked") is True
+            original = self._table.origins.ask(inside, digest, time.monotonic(), is_peeked=is_peeked)
             if original is not None:
                 return original
         return self._datapath.original(inside)

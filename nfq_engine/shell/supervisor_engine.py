@@ -112,7 +112,9 @@ class EngineReceiver:
             return None
         peer, local = _endpoint(datagram.source), _endpoint(datagram.local)
         try:
-            original = self._engine.ask(lambda engine: engine.original_of(local, peer, datagram.data))
+            original = self._engine.ask(
+                lambda engine: engine.original_of(local, peer, datagram.data, is_peeked=datagram.is_peeked)
+            )
         except OSError:
             return None
         ends = original.source, original.destination

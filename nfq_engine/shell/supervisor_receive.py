@@ -70,6 +70,7 @@ class Datagram:
     source: bytes  # a struct sockaddr
     local: bytes  # a struct sockaddr_in
     data: bytes
+    is_peeked: bool  # it stays in the socket
 
 
 Receiver = Callable[[Datagram], bytes | None]
@@ -273,7 +274,8 @@ class ReceivingCalls:
         local = next((one.data for one in controls if one.kind == _LOCAL), b"")
         if is_ours:
             controls = [one for one in controls if one.kind != _LOCAL]
-        original = self._original_addresses(Datagram(name, local, ctypes.string_at(self._data, length)))
+        is_peeked = bool(call.flags & socket.MSG_PEEK)
+        original = self._original_addresses(Datagram(name, local, ctypes.string_at(self._data, length), is_peeked))
         if original is not None:
             controls.append(_Control((SOL_IP, IP_RECVORIGADDRS), original))
         control, flags = _write_controls(controls, message.control_size)

@@ -6,7 +6,7 @@ import pytest
 from builders import endpoint, flow, packet
 
 from nfq_engine.core.one_way import Listener, Listeners, Origins, digest_of, payload_of
-from nfq_engine.core.packet import Endpoint, Protocol, Segment, parse
+from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol, Segment, parse
 
 LOCAL = endpoint("gateway", 50053)
 INSIDE = flow(endpoint("client", 4000), LOCAL, Protocol.UDP)
@@ -45,35 +45,39 @@ def test_ports_are_another_object_after_every_change() -> None:
     assert not listeners.hear(LOCAL)
 
 
+def ask(origins: Origins, digest: int, now: float = 1.0, *, is_peeked: bool = False) -> FlowTuple | None:
+    return origins.ask(INSIDE, digest, now, is_peeked=is_peeked)
+
+
 def test_origin_is_told_to_whoever_got_the_bytes() -> None:
     origins = Origins()
     origins.note(FIRST, INSIDE, digest_of(b"one"), 0.0)
     origins.note(SECOND, INSIDE, digest_of(b"two"), 0.0)
-    assert origins.ask(INSIDE, digest_of(b"two"), 1.0) == SECOND
-    assert origins.ask(INSIDE, digest_of(b"one"), 1.0) == FIRST
-    assert origins.ask(INSIDE, digest_of(b"one"), 1.0) == FIRST, "asked again, as after MSG_PEEK"
-    assert origins.ask(INSIDE, digest_of(b"three"), 1.0) is None
+    assert ask(origins, digest_of(b"two")) == SECOND
+    assert ask(origins, digest_of(b"one"), is_peeked=True) == FIRST
+    assert ask(origins, digest_of(b"one")) == FIRST
+    assert ask(origins, digest_of(b"one")) is None, "the next with these bytes came by itself"
+    assert ask(origins, digest_of(b"three")) is None
+    assert len(origins) == 0
 
 
 def test_order_tells_datagrams_apart_that_look_alike() -> None:
     origins = Origins()
     for original in (FIRST, SECOND, FIRST):
         origins.note(original, INSIDE, 7, 0.0)
-    assert [origins.ask(INSIDE, 7, 1.0) for _ in range(3)] == [FIRST, SECOND, FIRST]
-    origins.note(SECOND, INSIDE, 7, 2.0)
-    assert origins.ask(INSIDE, 7, 2.0) == SECOND
+    assert [ask(origins, 7) for _ in range(4)] == [FIRST, SECOND, FIRST, None]
 
 
 def test_record_is_bounded_in_time_and_number() -> None:
     origins = Origins()
     origins.note(FIRST, INSIDE, 0, 0.0)
-    assert origins.ask(INSIDE, 0, 29.9) == FIRST
-    assert origins.ask(INSIDE, 0, 30.0) is None
+    assert ask(origins, 0, 29.9, is_peeked=True) == FIRST
+    assert ask(origins, 0, 30.0) is None
     for number in range(1, 20_001):
         origins.note(FIRST, INSIDE, number, 31.0)
     assert len(origins) == 16_384
-    assert origins.ask(INSIDE, 20_000, 31.0) == FIRST
-    assert origins.ask(INSIDE, 1, 31.0) is None, "the oldest went first"
+    assert ask(origins, 20_000, 31.0) == FIRST
+    assert ask(origins, 1, 31.0) is None, "the oldest went first"
     origins.note(FIRST, INSIDE, 1, 100.0)
     assert len(origins) == 1
 
