@@ -151,7 +151,7 @@ class PacketQueue:
         self.number = number
         self._first = _BoundQueue(number, handle, CUT, length, fail_open=fail_open)
         try:
-            self._whole = _BoundQueue(number + 1, handle, LARGEST_COPY, length, fail_open=fail_open)
+            self._whole = _BoundQueue(number + 1, handle, LARGEST_COPY, length, fail_open=fail_open, names_owners=True)
         except OSError:
             self._first.close()
             raise
@@ -195,7 +195,14 @@ class _BoundQueue:
     """One queue of the library, and a socket on its descriptor for what the library cannot do."""
 
     def __init__(
-        self, number: int, handle: Callable[[QueuedPacket], None], copied: int, length: int, *, fail_open: bool
+        self,
+        number: int,
+        handle: Callable[[QueuedPacket], None],
+        copied: int,
+        length: int,
+        *,
+        fail_open: bool,
+        names_owners: bool = False,
     ) -> None:
         self._number = number
         self.library = NetfilterQueue()
@@ -203,7 +210,7 @@ class _BoundQueue:
         self.socket = socket.socket(fileno=os.dup(self.library.get_fd()))
         self.socket.setblocking(False)
         _grow_buffer(self.socket)
-        flags = _NFQA_CFG_F_UID_GID | (_NFQA_CFG_F_FAIL_OPEN if fail_open else 0)
+        flags = (_NFQA_CFG_F_FAIL_OPEN if fail_open else 0) | (_NFQA_CFG_F_UID_GID if names_owners else 0)
         self.send(
             _NFQNL_MSG_CONFIG,
             _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", copied, _NFQNL_COPY_PACKET))
