@@ -5,7 +5,7 @@ up anyone. Must not know how original addresses are found: a `Receiver` tells th
 comes here with each recvmsg of such a socket.
 
 Rules that hold here:
-- A call that waits is remembered with all that it needs. Its thread is looked at every LOOK seconds: a signal ends the
+- A call that waits is remembered with all that it needs. Its thread is looked at again and again: a signal ends the
   call as it would end the kernel's own, and a call whose thread was killed gives back its socket.
 - recvmmsg waits for one datagram only, also where the kernel's would wait for more, and gives all that are there.
 - Layouts are those of 64-bit programs; calls of 32-bit ones are not handed over.
@@ -34,8 +34,10 @@ from nfq_engine.shell.seccomp import SOL_IP, Listener, Notification
 from nfq_engine.shell.supervisor_caller import Caller
 from nfq_engine.shell.supervisor_signals import ERESTARTNOHAND, ERESTARTSYS, Due, due_signal, look_for_signals
 
-LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
+_LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
 _LOOK_AT_EACH: Final = 0.001  # and for each of them: with many, looking must not become all that is done
+_IDLE_LOOK: Final = 0.05  # the same where no call has begun to wait for so many seconds:
+_IDLE: Final = 1.0
 
 _LOCAL: Final = (SOL_IP, 20)  # IP_RECVORIGDSTADDR: original to the kernel is what is local here, behind us
 
@@ -157,6 +159,7 @@ class ReceivingCalls:
         self._receiver = receiver
         self._waiting: dict[int, tuple[_Call, ExitStack]] = {}
         self._next_look = 0.0
+        self._began_to_wait = 0.0  # when the youngest of the waiting calls did
         self._data = ctypes.create_string_buffer(_LARGEST)
         self._name = ctypes.create_string_buffer(_NAME_SIZE)
         self._control = ctypes.create_string_buffer(_LARGEST)
@@ -185,6 +188,8 @@ class ReceivingCalls:
                 raise
             self._waiting[taken.fileno()] = (call, handles.pop_all())
             self._poll.register(taken, select.POLLIN | select.POLLRDHUP)
+            self._began_to_wait = time.monotonic()
+            self._next_look = min(self._next_look, self._began_to_wait + _LOOK)
 
     def resume(self, descriptor: int, events: int) -> None:
         """Something came to a socket that a call waits for."""
@@ -209,7 +214,8 @@ class ReceivingCalls:
                 self._listener.answer(call.notification, errno.EAGAIN)
                 self._forget(descriptor)
         if now >= self._next_look:
-            self._next_look = now + LOOK + _LOOK_AT_EACH * len(self._waiting)
+            interval = _LOOK if now < self._began_to_wait + _IDLE else _IDLE_LOOK
+            self._next_look = now + interval + _LOOK_AT_EACH * len(self._waiting)
             self._look()
 
     def _look(self) -> None:
