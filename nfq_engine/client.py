@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import time
+from struct import Struct
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -39,6 +40,7 @@ _PATIENCE: Final = 10.0  # seconds; an engine answers in microseconds, so a sile
 # where there is but one processor, which the engine needs.
 _MOMENT: Final = 0.0002 if len(os.sched_getaffinity(0)) > 1 else 0.0
 _READ: Final = 1 << 18
+_TIME_LIMIT: Final = Struct("=qq")  # struct timeval
 
 
 class ControlError(Exception):
@@ -51,13 +53,18 @@ class Tproxy:
     def __init__(self) -> None:
         """Connect; OSError(ENOPROTOOPT) when no engine runs in this namespace."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(_PATIENCE)
         self._received = b""
+        # Python's own time limit would have connect(2) fail at once while many others wait to be accepted.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME_LIMIT.pack(int(_PATIENCE), 0))
         try:
             self._socket.connect(wire.ADDRESS)
         except ConnectionRefusedError as error:
             self._socket.close()
             raise OSError(errno.ENOPROTOOPT, "no tproxy engine runs in this network namespace") from error
+        except BlockingIOError as error:
+            self._socket.close()
+            raise TimeoutError(errno.ETIMEDOUT, "the tproxy engine accepts no connection") from error
+        self._socket.settimeout(_PATIENCE)
 
     def __enter__(self) -> Self:
         return self

@@ -275,6 +275,27 @@ def test_more_connections_than_allowed_leave_those_that_are_there(lab: EngineLab
         lab.tproxy.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
 
 
+def test_a_flood_of_connections_turns_no_other_client_away(lab: EngineLab, local: socket.socket) -> None:
+    is_over = threading.Event()
+
+    def connect_without_end() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(OSError), raw_client(lab):
+                pass
+
+    flooding = [threading.Thread(target=connect_without_end) for _ in range(4)]
+    for thread in flooding:
+        thread.start()
+    try:
+        for _ in range(200):
+            with lab.gateway.call(Tproxy) as other:
+                other.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
+    finally:
+        is_over.set()
+        for thread in flooding:
+            thread.join()
+
+
 # Unmodified programs.
 
 
