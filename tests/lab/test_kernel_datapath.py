@@ -529,6 +529,7 @@ def test_full_map_drops_and_counts(lab: EngineLab) -> None:
     near.settimeout(0.3)
     with pytest.raises(TimeoutError):
         near.connect((lab.server.address(), 80))
+    near.close()  # before it sends its SYN again
     assert lab.reasons("PREROUTING") == {"map-full": 1}
     lab.gateway.run(["nft", "flush", "map", "inet", "nfq_tproxy", "destination4"])
     again = lab.open(lab.client, TCP)
@@ -550,6 +551,7 @@ def test_refused_element_drops_and_counts(lab: EngineLab) -> None:
     near.settimeout(0.3)
     with pytest.raises(TimeoutError):
         near.connect((lab.server.address(), 80))
+    near.close()  # before it sends its SYN again
     assert lab.reasons("PREROUTING") == {"map-refused": 1}
 
 
