@@ -25,9 +25,10 @@ from typing import Final, assert_never
 
 from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
+from nfq_engine.core.known_redirects import Known, KnownRedirects
 from nfq_engine.core.nat import PortRange, Taken
 from nfq_engine.core.one_way import Listener
-from nfq_engine.core.packet import Endpoint, FlowTuple, IcmpError, Malformed, Protocol, Segment, Unrelated, parse
+from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, IcmpError, Malformed, Protocol, Segment, Unrelated, parse
 from nfq_engine.core.sockref import Flag, Sockref
 from nfq_engine.core.surroundings import Chance, Interfaces
 from nfq_engine.core.tproxy_table import Arrival, Deletion, TproxyTable, not_mapped
@@ -74,6 +75,7 @@ class KernelEngine(TproxyTable):
     ) -> None:
         super().__init__(interfaces, chance, ports)
         self.on_forget: Callable[[Connection], None] = lambda _: None
+        self.known = KnownRedirects(self.ruleset, self.sockrefs)
         self._conntrack = conntrack
         self._deletion = deletion
         self._waiting: dict[tuple[Stage, FlowTuple], Connection] = {}
@@ -96,6 +98,10 @@ class KernelEngine(TproxyTable):
         if arrival.is_cut and first.decision.payload is not None:
             first = FirstDecision(Decision(Verdict.DROP, Reason.OVERSIZED, detail=f"{len(arrival.data)} bytes"))
         return first
+
+    def recall(self, interface: str, data: bytes) -> Known | None:
+        """What rules said of a packet like this one at PREROUTING; None: `decide` has to be asked."""
+        return None if self._waiting else self.known.find(interface, data)
 
     @property
     def awaits_reports(self) -> bool:
@@ -206,6 +212,8 @@ class KernelEngine(TproxyTable):
         if self.is_one_way(flow, target):
             return FirstDecision(self.pass_one_way(arrival, segment, target), flow)
         sockref = target.sockref
+        if target.reason is Reason.REDIRECT and arrival.hook is Hook.PREROUTING:
+            self.known.remember(arrival.in_interface, arrival.data, flow.destination, target.to)
         inside = FlowTuple(flow.protocol, flow.source, target.to)
         if sockref is not None:
             self._wait(Connection(flow, inside, arrival.now), sockref)

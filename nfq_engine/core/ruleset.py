@@ -18,7 +18,7 @@ from nfq_engine.core.rule_commands import (
     Command,
 )
 from nfq_engine.core.rule_compile import service_of
-from nfq_engine.core.rule_matches import AddressTypeMatch, OwnerMatch
+from nfq_engine.core.rule_matches import AddressTypeMatch, Comment, Multiport, OwnerMatch, PortMatch, PortSide
 from nfq_engine.core.rule_table import Draft, empty_chains
 from nfq_engine.core.rule_values import (
     Accept,
@@ -27,6 +27,7 @@ from nfq_engine.core.rule_values import (
     Chain,
     Drop,
     Jump,
+    Match,
     Policy,
     Redirect,
     RuleError,
@@ -60,6 +61,9 @@ class Ruleset:
         # Whether some rule asks for what costs a look-up: address types; the owner of a packet's socket.
         self.looks_at_types = False
         self.looks_at_owners = False
+        # Whether rules ask for nothing but protocol, addresses, destination ports and interfaces.
+        self.is_plain = True
+        self.passed: list[Tally] = []  # where the last packet was counted
         self.commit(Draft(empty_chains(), chance))
 
     @property
@@ -81,7 +85,9 @@ class Ruleset:
         self._policies = {name: _policy(name, draft.chains[name]) for name in BuiltinChain}
         self._chains = dict(draft.chains)
         rules = (entry.rule for chain in draft.chains.values() for entry in chain.entries)
-        kinds = {type(match) for rule in rules for match in rule.matches}
+        matches = [match for rule in rules for match in rule.matches]
+        kinds = {type(match) for match in matches}
+        self.is_plain = all(_is_plain(match) for match in matches)
         self.looks_at_types, self.looks_at_owners = AddressTypeMatch in kinds, OwnerMatch in kinds
 
     def apply(self, command: Command) -> list[str]:
@@ -98,11 +104,13 @@ class Ruleset:
         """
         service, length = service_of(packet), packet.length
         steps = iter(self._steps[chain])
+        passed = self.passed = []
         callers = []
         while True:
             for first, last, test, tally, action in steps:
                 if not (first <= service <= last and test(packet, now)):
                     continue
+                passed.append(tally)
                 tally.packets += 1
                 tally.bytes += length
                 if action is None:
@@ -119,10 +127,22 @@ class Ruleset:
             else:
                 if not callers:
                     verdict, tally = self._policies[chain]
+                    passed.append(tally)
                     tally.packets += 1
                     tally.bytes += length
                     return verdict
                 steps = callers.pop()
+
+
+def _is_plain(match: Match) -> bool:
+    """Does a match ask for destination ports at the most?"""
+    match match:
+        case PortMatch():
+            return match.source is None
+        case Multiport():
+            return match.side is PortSide.DESTINATION
+        case _:
+            return isinstance(match, Comment)
 
 
 def _steps(name: str, chain: Chain) -> tuple[_Step, ...]:

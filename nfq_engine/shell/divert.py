@@ -19,7 +19,9 @@ fragments together (it does so only in a namespace that uses conntrack).
 
 With `kernel`, only what a rule or a sockref could want is diverted (narrowing.py). A packet that the engine has decided
 on carries the mark when it comes to the nat chains, which look for its mapping in the maps only then. Their elements
-are put in just before the packet is let go (kernel_nat.py).
+are put in just before the packet is let go (kernel_nat.py). The map `redirect` stands behind the one by whole tuples:
+what rules redirect at PREROUTING finds its endpoint there by interface, protocol and port, so one element does for many
+connections, and stays until it is in somebody's way.
 
 Datagrams for one-way listeners (UNIDIR) are diverted at -300, rewritten there, and kept from conntrack at -299, so that
 no state is kept of them. The listener's foreign endpoint may be shared with sockrefs that are narrowed to one peer:
@@ -69,12 +71,18 @@ _SETS: Final = {
         "one_way_local": "{0}",
         "tracked": "{0} . {0}",
     },
-    "map": {"destination": "inet_proto . {0} . {0} : {0}", "source": "inet_proto . {0} . {0} : {0}"},
+    "map": {
+        "destination": "inet_proto . {0} . {0} : {0}",
+        "source": "inet_proto . {0} . {0} : {0}",
+        "redirect": "iface_index . inet_proto . inet_service : {0}",
+    },
 }
-_MAP_SIZE: Final = 65536  # elements; each is there for the packets of one turn
-_MAP_TIMEOUT: Final = "10s"
+REDIRECTS: Final = 4096  # elements of a map `redirect`
+_LASTING: Final = f"size {REDIRECTS}"
+_PASSING: Final = "flags timeout; timeout 10s; size 65536"  # each is there for the packets of one turn
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
 _TUPLE: Final = "meta l4proto . {0} saddr . th sport . {0} daddr . th dport"
+_REDIRECT: Final = "meta iif . meta l4proto . th dport"
 _PAIR: Final = "{0} saddr . udp sport . {0} daddr . udp dport"
 _ONE_WAY: Final = f"{{1}} daddr . udp dport @one_way{{0}} {_PAIR.format('{1}')} != @tracked{{0}} {{2}}"
 
@@ -220,6 +228,8 @@ table inet {TABLE} {{
         ct mark set ct mark | {mark:#x}
         dnat ip to {_TUPLE.format("ip")} map @destination4
         dnat ip6 to {_TUPLE.format("ip6")} map @destination6
+        dnat ip to {_REDIRECT} map @redirect4
+        dnat ip6 to {_REDIRECT} map @redirect6
     }}
     chain to_source {{
         ct mark set ct mark | {mark:#x}
@@ -268,16 +278,14 @@ def _sets_text() -> str:
             text += f"""
     map {name}{version} {{
         type {key.format(endpoint)}
-        flags timeout
-        timeout {_MAP_TIMEOUT}
-        size {_MAP_SIZE}
+        {_LASTING if name == "redirect" else _PASSING}
     }}"""
     return text
 
 
 INLINE: Final = Layout("layout_inline_2", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
 KERNEL: Final = Layout(
-    "layout_kernel_2",
+    "layout_kernel_3",
     tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),
     _kernel_text,
 )

@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +43,7 @@ class HostInterfaces:
     """The interfaces of the network namespace that this was made in; a `core.surroundings.Interfaces`."""
 
     def __init__(self) -> None:
+        self.on_change: Callable[[], None] = lambda: None  # what was asked before may be answered otherwise now
         self._changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._changes.setblocking(False)
         self._changes.bind((0, _CHANGES))
@@ -69,6 +71,7 @@ class HostInterfaces:
             self._routes.clear()
             self._names = {0: ""}
             self._addresses.clear()
+            self.on_change()
 
     def name(self, index: int) -> str:
         """The name of an interface; its number when it has gone."""

@@ -7,7 +7,8 @@ A packet whose connection is to be mapped is held back until its element is in a
 then accepted: it goes on from our filter chain to our nat chain within that call, and finds the element. All packets of
 one turn share one transaction. An element has done its work when its packet was accepted, so the next transaction takes
 it out again; the timeout of the maps is for those of an engine that was killed. What cannot be put in is dropped and
-counted: no packet goes on untranslated.
+counted: no packet goes on untranslated. What a rule redirects at PREROUTING mostly finds an element that others have
+used before it (redirects.py), and is not held back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nfq_engine import wire
 from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
-from nfq_engine.core.packet import FlowTuple, Hook, Protocol
+from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.tracked import Tracked, Traffic
 from nfq_engine.shell import divert
 from nfq_engine.shell.ctnetlink import ConntrackNews, KernelConntrack
@@ -31,13 +32,14 @@ from nfq_engine.shell.interfaces import HostInterfaces
 from nfq_engine.shell.narrowing import Diversion, endpoint_key, protocol_key
 from nfq_engine.shell.nftables import Element, NftSocket
 from nfq_engine.shell.queue import QueuedPacket, SliceOver
+from nfq_engine.shell.redirects import Key, Redirects, elements, key_of
 
 _REASONS: Final = {errno.ENFILE: Reason.MAP_FULL}
 
 _COUNTING: Final = 0.01  # how much of the time may go into counting connections, for whoever asks again and again
 _PAIR4: Final = 2 * (4 + 4)  # bytes of two IPv4 endpoints in a key
 
-_Held = tuple[QueuedPacket, Hook, Decision, Mapping]
+_Held = tuple[QueuedPacket, Hook, Decision, Mapping, Key | None]  # the key: its element is for others as well
 
 
 class KernelDatapath(Datapath):
@@ -53,12 +55,15 @@ class KernelDatapath(Datapath):
         self._nft = NftSocket(divert.TABLE)
         self._held: list[_Held] = []
         self._spent: dict[str, list[bytes]] = {}  # keys by map, put in for packets that have been released
+        self._redirects = Redirects(self._nft)
+        self._chains: object = engine.ruleset.chains  # that the elements for redirects come of
         self._diversion = Diversion(engine, self._nft)
         self._tracked: set[bytes] = set()  # what the sets `tracked` have
         self._gone: set[bytes] = set()  # what they are to lose
         self._count = 0
         self._next_count = 0.0
         engine.on_forget = self._forget
+        interfaces.on_change = engine.known.clear
 
     def callback(self) -> Callable[[QueuedPacket], None]:
         """Decide on a first packet; give its verdict now, or when its mapping is in place."""
@@ -69,16 +74,18 @@ class KernelDatapath(Datapath):
         held, self._held = self._held, []
         if not held:
             return
-        failure = self._put([mapping for *_, mapping in held])
-        for packet, hook, decision, mapping in held:
+        failure = self._put(held)
+        for each in held:
+            packet, hook, decision, mapping, _ = each
             # One that is refused takes all of its transaction with it, so each gets another try by itself.
-            problem = self._put([mapping]) if failure and len(held) > 1 else failure
+            problem = self._put([each]) if failure and len(held) > 1 else failure
             if problem:
                 decision = Decision(
                     Verdict.DROP, _REASONS.get(problem, Reason.MAP_REFUSED), detail=f"{mapping.flow} to {mapping.to}"
                 )
             self._engine.counters.count(hook, decision.reason)
             self._give(packet, hook, decision)
+        self._redirects.release()
 
     @property
     def sources(self) -> Iterable[tuple[Source, Callable[[], object]]]:
@@ -94,6 +101,9 @@ class KernelDatapath(Datapath):
         if self._gone:
             self._untrack()
         self._news.listen(wanted=self._engine.awaits_reports)
+        if self._engine.ruleset.chains is not self._chains:
+            self._chains = self._engine.ruleset.chains
+            self._redirects.clear()
         self._diversion.adjust()
 
     def tick(self, now: float) -> None:
@@ -131,6 +141,27 @@ class KernelDatapath(Datapath):
 
     def _handle(self, packet: QueuedPacket) -> None:
         data = packet.get_payload()
+        if not self._pass_known(packet, data):
+            self._decide(packet, data)
+        if time.monotonic() > self.slice_end:
+            raise SliceOver
+
+    def _pass_known(self, packet: QueuedPacket, data: bytes) -> bool:
+        """Let a packet go whose like has been redirected before, if the map leads it there already."""
+        if packet.hook != Hook.PREROUTING:
+            return False
+        known = self._engine.recall(self._interfaces.name(packet.indev), data)
+        if known is None:
+            return False
+        if self._spent or not self._redirects.lead(key_of(packet.indev, Protocol.TCP, known.destination), known.to):
+            return False
+        known.count(len(data))
+        self._engine.counters.count(Hook.PREROUTING, Reason.REDIRECT)
+        packet.set_mark(packet.get_mark() | self._mark)
+        packet.accept()
+        return True
+
+    def _decide(self, packet: QueuedPacket, data: bytes) -> None:
         if self._is_for_later(packet, data):
             return
         hook = Hook(packet.hook)
@@ -139,16 +170,35 @@ class KernelDatapath(Datapath):
         except Exception:
             first = FirstDecision(self._fault(hook, data))
         if first.mapping is not None:
-            self._held.append((packet, hook, first.decision, first.mapping))
+            self._map(packet, hook, first.decision, first.mapping)
         else:
-            if first.decision.is_marked and first.flow is not None and self._is_spent(first.flow):
+            self._leave(packet, hook, first)
+
+    def _map(self, packet: QueuedPacket, hook: Hook, decision: Decision, mapping: Mapping) -> None:
+        """Hold a packet back until its mapping is in place, unless it is already."""
+        key = None
+        if decision.reason is Reason.REDIRECT and hook is Hook.PREROUTING:
+            key = key_of(packet.indev, mapping.flow.protocol, mapping.flow.destination)
+            if self._redirects.lead(key, mapping.to):
                 self._clear()  # or the packet would find what another one with its tuple left
-            self._engine.counters.count(hook, first.decision.reason)
-            self._give(packet, hook, first.decision)
-            if first.of is not None and first.flow is not None:
-                self._track(first.flow)
-        if time.monotonic() > self.slice_end:
-            raise SliceOver
+                self._engine.counters.count(hook, decision.reason)
+                self._give(packet, hook, decision)
+                return
+            if not self._redirects.claim(key, mapping.to):
+                key = None
+        self._held.append((packet, hook, decision, mapping, key))
+
+    def _leave(self, packet: QueuedPacket, hook: Hook, first: FirstDecision) -> None:
+        """Let a packet go that is not to be mapped, and see to it that the nat chain finds nothing for it."""
+        decision = first.decision
+        if first.flow is not None and (decision.is_marked or packet.get_mark() & self._mark):
+            if self._is_spent(first.flow):
+                self._clear()
+            key = key_of(packet.indev, first.flow.protocol, first.flow.destination)
+            if hook is Hook.PREROUTING and not self._redirects.keep_away(key):
+                decision = Decision(Verdict.DROP, Reason.MAP_REFUSED, detail=f"{first.flow} as it is")
+        self._engine.counters.count(hook, decision.reason)
+        self._give(packet, hook, decision)
 
     def _read_news(self) -> None:
         reports, is_complete = self._news.read()
@@ -163,27 +213,40 @@ class KernelDatapath(Datapath):
 
     # The maps.
 
-    def _put(self, mappings: Sequence[Mapping]) -> int:
+    def _put(self, held: Sequence[_Held]) -> int:
         """Put mappings in, in the place of those that have done their work; 0, or the errno of the refusal."""
         added: dict[str, dict[bytes, bytes]] = {}
-        for mapping in mappings:
-            added.setdefault(_map_of(mapping), {})[_key(mapping.flow)] = endpoint_key(mapping.to)
-        elements: dict[str, Iterable[Element]] = {name: inside.items() for name, inside in added.items()}
-        tracked = {_pair(mapping.flow) for mapping in mappings if self._is_kept_from_one_way(mapping)}
-        if tracked:
-            elements |= _by_version("tracked", tracked)
+        redirects: dict[Key, Endpoint] = {}
+        tracked: set[bytes] = set()
+        for *_, mapping, key in held:
+            if key is not None:
+                redirects[key] = mapping.to
+            else:
+                added.setdefault(_map_of(mapping), {})[_key(mapping.flow)] = endpoint_key(mapping.to)
+            if self._is_kept_from_one_way(mapping):
+                tracked.add(_pair(mapping.flow))
+        wanted: dict[str, Iterable[Element]] = {name: inside.items() for name, inside in added.items()}
+        wanted |= elements(redirects) | _by_version("tracked", tracked)
+        if problem := self._change(wanted, self._redirects.in_the_way(redirects)):
+            self._redirects.are_refused(redirects)
+            return problem
+        self._redirects.are_put(redirects)
+        self._spent = {name: list(inside) for name, inside in added.items()}
+        self._tracked |= tracked
+        return 0
+
+    def _change(self, added: dict[str, Iterable[Element]], removed: dict[str, list[bytes]]) -> int:
+        """Change the maps, and take out what has done its work; 0, or the errno of the refusal."""
         try:
-            self._nft.change(elements, self._spent)
+            self._nft.change(added, removed | self._spent)
         except OSError as error:
             if not self._spent or error.errno == errno.ETIMEDOUT:
                 return error.errno or errno.EIO
             # Perhaps only what was to be taken out has timed out meanwhile.
             try:
-                self._nft.change(elements)
+                self._nft.change(added, removed)
             except OSError as second:
                 return second.errno or errno.EIO
-        self._spent = {name: list(inside) for name, inside in added.items()}
-        self._tracked |= tracked
         return 0
 
     def _is_spent(self, flow: FlowTuple) -> bool:

@@ -46,7 +46,7 @@ static int listener(struct sockaddr_in to)
 	return fd;
 }
 
-enum { HELD = 64 };
+enum { HELD = 800 }; /* of 1024 descriptors: who opened them may have to wait for a processor */
 
 static void accept_all(int listening)
 {

@@ -518,41 +518,144 @@ def test_a_connection_that_never_came_about_leaves_the_list(lab: EngineLab) -> N
 
 def test_full_map_drops_and_counts(lab: EngineLab) -> None:
     filling = ", ".join(
-        f"tcp . 10.0.{n >> 8}.{n & 255} . {port} . 1.1.1.1 . 1 timeout 1h : 1.1.1.1 . 1"
+        f"udp . 10.0.{n >> 8}.{n & 255} . {port} . 1.1.1.1 . 1 timeout 1h : 1.1.1.1 . 1"
         for n in range(1024)
         for port in range(1, 65)
     )
-    fill(lab, filling)
+    fill(lab, "destination4", filling)
+    listener, peer = foreign_listener(lab, 4), peer_of(lab)
+    peer.send(b"lost")
+    until(lambda: lab.reasons("PREROUTING") == {"map-full": 1}, "dropped")
+    lab.gateway.run(["nft", "flush", "map", "inet", "nfq_tproxy", "destination4"])
+    peer.send(b"found")
+    assert listener.recv(10) == b"found"
+
+
+def fill(lab: EngineLab, name: str, elements: str) -> None:
+    """Put elements into a map."""
+    path = lab.lab.directory / "full.nft"
+    path.write_text(f"add element inet nfq_tproxy {name} {{ {elements} }}\n")
+    lab.gateway.run(["nft", "-f", str(path)])
+
+
+def test_refused_element_drops_and_counts(lab: EngineLab) -> None:
+    """Somebody put an element for this very tuple into the map."""
+    foreign_listener(lab, 4)
+    near = lab.bound(lab.client, UDP, lab.client.address(), 33333)
+    fill(lab, "destination4", f"udp . {lab.client.address()} . 33333 . {FOREIGN[4]} . 53 timeout 1h : 1.1.1.1 . 1")
+    near.sendto(b"?", (FOREIGN[4], 53))
+    until(lambda: lab.reasons("PREROUTING") == {"map-refused": 1}, "dropped")
+
+
+def test_where_the_map_for_redirects_takes_no_more_a_packet_is_dropped_and_the_next_has_its_own_element(
+    lab: EngineLab,
+) -> None:
     proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
-    lab.bound(lab.server, TCP, lab.server.address(), 80, listen=True)
+    fill(lab, "redirect4", ", ".join(f'"lo" . tcp . {port} : 1.1.1.1 . 1' for port in range(1, 4097)))
     near = lab.open(lab.client, TCP)
     near.settimeout(0.3)
     with pytest.raises(TimeoutError):
         near.connect((lab.server.address(), 80))
     near.close()  # before it sends its SYN again
     assert lab.reasons("PREROUTING") == {"map-full": 1}
-    lab.gateway.run(["nft", "flush", "map", "inet", "nfq_tproxy", "destination4"])
     again = lab.open(lab.client, TCP)
     again.connect((lab.server.address(), 80))
     proxy.accept()[0].close()
+    assert lab.reasons("PREROUTING") == {"map-full": 1, "redirect": 1}
 
 
-def fill(lab: EngineLab, elements: str) -> None:
-    """Put elements into the map for destinations."""
-    path = lab.lab.directory / "full.nft"
-    path.write_text(f"add element inet nfq_tproxy destination4 {{ {elements} }}\n")
-    lab.gateway.run(["nft", "-f", str(path)])
+# Connections that a rule redirects like others before them.
 
 
-def test_refused_element_drops_and_counts(lab: EngineLab) -> None:
-    """Somebody put an element for this very tuple into the map."""
-    near = lab.bound(lab.client, TCP, lab.client.address(), 33333)
-    fill(lab, f"tcp . {lab.client.address()} . 33333 . {lab.server.address()} . 80 timeout 1h : 1.1.1.1 . 1")
-    near.settimeout(0.3)
-    with pytest.raises(TimeoutError):
-        near.connect((lab.server.address(), 80))
-    near.close()  # before it sends its SYN again
-    assert lab.reasons("PREROUTING") == {"map-refused": 1}
+def redirected(lab: EngineLab, proxy: socket.socket, version: int = 4, port: int = 80) -> None:
+    """Connect once more, and arrive there."""
+    near = lab.open(lab.client, TCP, version)
+    near.connect((lab.server.address(version), port))
+    far, peer = proxy.accept()
+    far.close()
+    assert peer[:2] == near.getsockname()[:2]
+
+
+@versions
+def test_the_next_connection_needs_no_element_of_its_own(lab: EngineLab, version: int) -> None:
+    proxy = lab.bound(lab.gateway, TCP, ANY[version], 50080, listen=True)
+    for _ in range(3):
+        redirected(lab, proxy, version)
+    assert lab.reasons("PREROUTING") == {"redirect": 3}
+    table = json.loads(lab.gateway.run(["nft", "-j", "list", "table", "inet", "nfq_tproxy"]).stdout)
+    maps = {each["map"]["name"]: each["map"].get("elem", []) for each in table["nftables"] if "map" in each}
+    assert len(maps[f"redirect{version}"]) == 1
+    assert maps[f"destination{version}"] == []
+    assert re.search(
+        r"^\[3:\d+\] -A PREROUTING -p tcp", lab.gateway.run(["tproxyctl", "save", "-c"]).stdout, re.MULTILINE
+    )
+
+
+def test_other_rules_hold_from_the_next_connection_on(lab: EngineLab) -> None:
+    before = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
+    after = lab.bound(lab.gateway, TCP, ANY[4], 50081, listen=True)
+    redirected(lab, before)
+    redirected(lab, before)
+    lab.rules(*["-I", "PREROUTING", "-p", "tcp", "-m", "tcp", "--dport", "80", "-j", "TPROXY", "--on-port", "50081"])
+    redirected(lab, after)
+    redirected(lab, after)
+    lab.rules("-D", "PREROUTING", "1")
+    redirected(lab, before)
+
+
+def test_rules_that_tell_sources_apart_do_so_every_time(lab: EngineLab) -> None:
+    """Both want the same element, by turns and at once."""
+    rule = "-I PREROUTING -p tcp -m tcp --sport 40000:40009 --dport 80 -j TPROXY --on-port 50081"
+    lab.rules(*rule.split())
+    usual = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
+    special = lab.bound(lab.gateway, TCP, ANY[4], 50081, listen=True)
+    nears = []
+    for number in range(10):
+        nears.append(lab.bound(lab.client, TCP, lab.client.address(), (40000, 41000)[number % 2] + number))
+        nears[-1].setblocking(False)
+    for near in nears:
+        near.connect_ex((lab.server.address(), 80))
+    for proxy, first in ((usual, 41000), (special, 40000)):
+        arrived = []
+        for _ in range(5):
+            far, peer = proxy.accept()
+            far.close()
+            arrived.append(peer[1] // 1000 * 1000)
+        assert arrived == [first] * 5
+
+
+def test_what_is_marked_only_keeps_its_destination_beside_redirects(lab: EngineLab) -> None:
+    """The mark has it looked for in the maps, where redirects have left an element for port 80."""
+    proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
+    own = lab.bound(lab.gateway, TCP, lab.gateway.address(4, "eth0"), 80, listen=True)
+    lab.tproxy.assign(own, "0.0.0.0")
+    for _ in range(2):
+        redirected(lab, proxy)
+        near = lab.open(lab.client, TCP)
+        near.connect((lab.gateway.address(4, "eth0"), 80))
+        own.accept()[0].close()
+    assert lab.reasons("PREROUTING") == {"redirect": 2, "mark-only": 2}
+
+
+def test_an_interface_that_has_another_address_first_is_noticed(lab: EngineLab) -> None:
+    proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
+    first = lab.gateway.address(4, "eth0")
+    assert redirected_to(lab, proxy) == first
+    assert redirected_to(lab, proxy) == first
+    lab.gateway.run(["ip", "addr", "del", f"{first}/24", "dev", "eth0"])
+    lab.gateway.run(["ip", "addr", "add", "10.99.0.1/32", "dev", "eth0"])
+    lab.gateway.run(["ip", "addr", "add", f"{first}/24", "dev", "eth0"])
+    assert redirected_to(lab, proxy) == "10.99.0.1"
+
+
+def redirected_to(lab: EngineLab, proxy: socket.socket) -> str:
+    """Connect once more; the address that the connection came to."""
+    near = lab.open(lab.client, TCP)
+    near.connect((lab.server.address(), 80))
+    far, _ = proxy.accept()
+    with far:
+        address: str = far.getsockname()[0]
+    return address
 
 
 @versions
