@@ -96,8 +96,8 @@ class Daemon:
         self._queue = PacketQueue(
             settings.queue, self._datapath.callback(), length=settings.queue_length, fail_open=settings.fail_open
         )
-        self._datapath.handle_again = self._queue.handle_again
-        self._datapath.owner = lambda: self._queue.owner
+        self._datapath.handle_whole = self._queue.handle_whole
+        self._datapath.owner = self._queue.owner
         self._wake, self._signals = socket.socketpair()
         self._is_stopping = False
         self._answered = 0.0  # when the last request was
@@ -110,7 +110,7 @@ class Daemon:
         for source, act in self._datapath.sources:
             self._watch(source, act)
         rule = divert.build(self._datapath.layout, settings.queue, settings.mark, fail_open=settings.fail_open)
-        self._datapath.adjust()
+        self._adjust()
         self.description = f"{settings.datapath} by {rule}"
 
     def run(self) -> None:
@@ -128,7 +128,7 @@ class Daemon:
             if now >= next_tick:
                 next_tick = now + _TICK
                 self._datapath.tick(now)
-            self._datapath.adjust()
+            self._adjust()
 
     def close(self) -> None:
         """Give the namespace back: no new packets, then what is queued, then everything else."""
@@ -180,9 +180,15 @@ class Daemon:
     def _answer(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
         """Answer a request; what it changed is in effect before the caller is told."""
         reply = self._answers(caller, request, descriptor)
-        self._datapath.adjust()
+        self._adjust()
         self._answered = time.monotonic()
         return reply
+
+    def _adjust(self) -> None:
+        """Let the kernel know what sockrefs and rules want now."""
+        if self._datapath.table.ruleset.looks_at_owners:
+            self._queue.name_owners()
+        self._datapath.adjust()
 
     def _settle(self) -> None:
         """Take in all news, so that an answer is right now; connections first, as a closed socket deletes its own."""

@@ -43,10 +43,9 @@ class Datapath(ABC):
         self.table = table
         self.slice_begin = 0.0  # the time that packets of this turn are said to have come: one object for all of them
         self.slice_end = 0.0  # when to leave the rest of the queue for later
-        # The queue's: have a packet handled again, whole and with its owner, and whose that packet is.
-        self.handle_again: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
+        # The queue's: have a packet handled again, whole; and whose socket sent the packet that is being handled.
+        self.handle_whole: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
         self.owner: Callable[[], Owner | None] = lambda: None
-        self._is_again = False
         self._interfaces = interfaces
         self._mark = mark
         self._drops_to_log = _DROPS_LOGGED
@@ -98,17 +97,11 @@ class Datapath(ABC):
     # What both do.
 
     def _is_for_later(self, packet: QueuedPacket, data: bytes) -> bool:
-        """Did the packet come cut, or without the owner that a rule asks for, and has been handled again?"""
-        is_cut = len(data) == CUT and claimed_length(data) > CUT
-        lacks_owner = packet.hook == Hook.OUTPUT and self.table.ruleset.looks_at_owners
-        if self._is_again or not (is_cut or lacks_owner):
-            return False
-        self._is_again = True
-        try:
-            self.handle_again(packet)
-        finally:
-            self._is_again = False
-        return True
+        """Did the packet come cut, and is it sent on to come again whole?"""
+        if len(data) == CUT and claimed_length(data) > CUT:
+            self.handle_whole(packet)
+            return True
+        return False
 
     def _arrival(self, packet: QueuedPacket, hook: Hook, data: bytes) -> Arrival:
         missing = claimed_length(data) - len(data) if len(data) >= LARGEST_COPY else 0
@@ -120,7 +113,7 @@ class Datapath(ABC):
             now=time.monotonic(),
             mark=packet.get_mark(),
             is_cut=missing > 0,
-            owner=self.owner() if self._is_again else None,
+            owner=self.owner() if hook is Hook.OUTPUT and self.table.ruleset.looks_at_owners else None,
         )
 
     @staticmethod

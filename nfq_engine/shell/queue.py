@@ -8,8 +8,8 @@ place in the queue for ever, unless the kernel is told to copy no more than fits
 queues. Everything comes to the first, by the fast loop; a packet that arrives cut is sent on to the second (NF_QUEUE is
 a verdict like any other) and read from there whole, before the next one is looked at: no packet overtakes another.
 
-The library does not hand over whose socket sent a packet, either. The kernel says it in the message, which the second
-queue's reader sees; so packets whose owner matters are sent on to it as well.
+The library does not hand over whose socket sent a packet, either. The kernel can say it in the message, as it was when
+the packet was queued; so where rules ask for it, the first queue is read by `run_socket` as well.
 
 What is left of the trap: a netlink attribute carries 65531 bytes, so the last bytes of the very largest packets cannot
 come. `handle` sees them cut. They pass when nothing is to be rewritten, else they are dropped and counted: oversized.
@@ -33,6 +33,7 @@ from nfq_engine.core.rule_values import Owner
 from nfq_engine.shell.identifiers import IdentifierMap
 
 CUT: Final = 4096 - 80  # bytes that the library copies at the most: a packet of this size may be longer
+_ATTRIBUTES: Final = 0x1000  # more than all that stands before the packet in a message
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
 _SOCKET_BUFFER: Final = 8 << 20
 _SO_RCVBUFFORCE: Final = 33
@@ -105,22 +106,15 @@ class SliceOver(Exception):  # noqa: N818 - no error: the handler's way to end a
 class _Reader:
     """What `run_socket` reads from: whole messages, until none waits (BlockingIOError ends the library's loop)."""
 
-    def __init__(self, source: socket.socket) -> None:
+    def __init__(self, source: socket.socket, size: int) -> None:
         self._receive = source.recv
-        self._users, self._groups = (
-            IdentifierMap.read(Path(f"/proc/self/{each}_map").read_text()) for each in ("uid", "gid")
-        )
-        self.owner: Owner | None = None  # of the socket that sent the packet which was read last
+        self._size = size
+        self.message = b""  # the last that was read
 
     def recv(self, _library_size: int) -> bytes:
-        """One message, however large."""
-        message = self._receive(_MESSAGE)
-        numbers = _owner_in(message)
-        if numbers is None:
-            self.owner = None
-        else:
-            self.owner = Owner(self._users.inside(numbers[0]), self._groups.inside(numbers[1]))
-        return message
+        """One message, of as many bytes as there may be in this queue."""
+        self.message = self._receive(self._size)
+        return self.message
 
 
 def _owner_in(message: bytes) -> tuple[int, int] | None:
@@ -151,11 +145,16 @@ class PacketQueue:
         self.number = number
         self._first = _BoundQueue(number, handle, CUT, length, fail_open=fail_open)
         try:
-            self._whole = _BoundQueue(number + 1, handle, LARGEST_COPY, length, fail_open=fail_open, names_owners=True)
+            self._whole = _BoundQueue(number + 1, handle, LARGEST_COPY, length, fail_open=fail_open)
         except OSError:
             self._first.close()
             raise
-        self._reader = _Reader(self._whole.socket)
+        self._whole_reader = _Reader(self._whole.socket, _MESSAGE)
+        self._first_reader = _Reader(self._first.socket, CUT + _ATTRIBUTES)
+        self._names_owners = False
+        self._users, self._groups = (
+            IdentifierMap.read(Path(f"/proc/self/{each}_map").read_text()) for each in ("uid", "gid")
+        )
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -164,18 +163,27 @@ class PacketQueue:
     def drain(self) -> None:
         """Handle the packets that wait, until there are none or the handler raises SliceOver."""
         with contextlib.suppress(SliceOver):
-            self._first.library.run(block=False)
+            if self._names_owners:
+                self._first.library.run_socket(self._first_reader)
+            else:
+                self._first.library.run(block=False)
 
-    @property
+    def name_owners(self) -> None:
+        """From now on, know whose sockets the packets come from, for good: what is queued must be read that way."""
+        if not self._names_owners:
+            self._names_owners = True
+            self._first.set_flag(_NFQA_CFG_F_UID_GID, is_on=True)
+
     def owner(self) -> Owner | None:
-        """Of the socket that sent the packet which `handle_again` hands out; None: no socket of this host did."""
-        return self._reader.owner
+        """Of the socket that sent the packet which is being handled; None: no socket of this host did, or no name."""
+        numbers = _owner_in(self._first_reader.message)
+        return Owner(self._users.inside(numbers[0]), self._groups.inside(numbers[1])) if numbers else None
 
-    def handle_again(self, packet: QueuedPacket) -> None:
-        """Have a packet of the first queue handled again, now: whole, and with its owner."""
+    def handle_whole(self, packet: QueuedPacket) -> None:
+        """Have a packet that arrived cut, of the first queue, handled again: whole, and now."""
         verdict = _attribute(_NFQA_VERDICT_HDR, struct.pack("!II", _NF_QUEUE | (self.number + 1) << 16, packet.id))
         self._first.send(_NFQNL_MSG_VERDICT, verdict)
-        self._whole.library.run_socket(self._reader)
+        self._whole.library.run_socket(self._whole_reader)
 
     def close(self) -> None:
         """Unbind; the kernel drops what still waits."""
@@ -195,14 +203,7 @@ class _BoundQueue:
     """One queue of the library, and a socket on its descriptor for what the library cannot do."""
 
     def __init__(
-        self,
-        number: int,
-        handle: Callable[[QueuedPacket], None],
-        copied: int,
-        length: int,
-        *,
-        fail_open: bool,
-        names_owners: bool = False,
+        self, number: int, handle: Callable[[QueuedPacket], None], copied: int, length: int, *, fail_open: bool
     ) -> None:
         self._number = number
         self.library = NetfilterQueue()
@@ -210,12 +211,15 @@ class _BoundQueue:
         self.socket = socket.socket(fileno=os.dup(self.library.get_fd()))
         self.socket.setblocking(False)
         _grow_buffer(self.socket)
-        flags = (_NFQA_CFG_F_FAIL_OPEN if fail_open else 0) | (_NFQA_CFG_F_UID_GID if names_owners else 0)
+        self.send(_NFQNL_MSG_CONFIG, _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", copied, _NFQNL_COPY_PACKET)))
+        self.set_flag(_NFQA_CFG_F_FAIL_OPEN, is_on=fail_open)
+
+    def set_flag(self, flag: int, *, is_on: bool) -> None:
+        """Set or clear one of the queue's flags."""
         self.send(
             _NFQNL_MSG_CONFIG,
-            _attribute(_NFQA_CFG_PARAMS, struct.pack("!IB", copied, _NFQNL_COPY_PACKET))
-            + _attribute(_NFQA_CFG_FLAGS, struct.pack("!I", flags))
-            + _attribute(_NFQA_CFG_MASK, struct.pack("!I", _NFQA_CFG_F_FAIL_OPEN | _NFQA_CFG_F_UID_GID)),
+            _attribute(_NFQA_CFG_FLAGS, struct.pack("!I", flag if is_on else 0))
+            + _attribute(_NFQA_CFG_MASK, struct.pack("!I", flag)),
         )
 
     def send(self, kind: int, attributes: bytes) -> None:

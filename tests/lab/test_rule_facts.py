@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -51,24 +52,20 @@ def rule(lab: EngineLab, text: str) -> None:
 
 
 def answer_streams(listener: socket.socket, word: bytes) -> None:
-    listener.settimeout(None)
-    while True:
-        try:
+    listener.settimeout(0.05)  # so that the socket is soon free of this thread when it was closed
+    while listener.fileno() >= 0:
+        with contextlib.suppress(OSError):
             connection, _ = listener.accept()
-        except OSError:
-            return
-        with connection:
-            connection.sendall(word)
+            with connection:
+                connection.sendall(word)
 
 
 def answer_datagrams(sock: socket.socket, word: bytes) -> None:
-    sock.settimeout(None)
-    while True:
-        try:
+    sock.settimeout(0.05)
+    while sock.fileno() >= 0:
+        with contextlib.suppress(OSError):
             _, peer = sock.recvfrom(100)
-        except OSError:
-            return
-        sock.sendto(word, peer)
+            sock.sendto(word, peer)
 
 
 def reached(lab: EngineLab, protocol: str, version: int, *, is_other: bool) -> str:
@@ -97,6 +94,16 @@ def test_owner_of_a_new_connection(lab: EngineLab, condition: str, of_other: str
     for version, protocol in ((4, "tcp"), (4, "udp"), (6, "tcp"), (6, "udp")):
         assert reached(lab, protocol, version, is_other=True) == of_other, (version, protocol)
         assert reached(lab, protocol, version, is_other=False) == of_root, (version, protocol)
+
+
+def test_owner_is_known_though_the_socket_is_closed_at_once(lab: EngineLab) -> None:
+    rule(lab, f"-A OUTPUT -p udp -m udp --dport 99 -m owner --uid-owner {UID}")
+    shout = f"for i in 1 2 3; do echo x >/dev/udp/{lab.server.address()}/99; done"
+    for user in (["setpriv", f"--reuid={UID}"], []):
+        lab.gateway.run([*user, "bash", "-c", shout])
+    until(lambda: lab.ask("counters")["queue"]["waiting"] == 0, "all have been decided on")
+    [line] = lab.gateway.run(["tproxyctl", "-L", "OUTPUT", "-nvx"]).stdout.splitlines()[2:]
+    assert line.split()[0] == "3"
 
 
 def test_owner_is_not_to_be_asked_for_in_prerouting(lab: EngineLab) -> None:
