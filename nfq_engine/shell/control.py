@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 from collections import deque
@@ -21,6 +22,7 @@ from typing import Final
 from nfq_engine import wire
 
 _MOST_CLIENTS: Final = 512
+_OWN_DESCRIPTORS: Final = 128  # that the rest of the engine may need
 _READ: Final = 1 << 16
 _MOST_DESCRIPTORS: Final = 16
 _CREDENTIALS: Final = struct.Struct("=3i")
@@ -137,22 +139,24 @@ class ControlSocket:
             self._listening.close()
             raise
         self.clients: set[Client] = set()
+        self._most_clients = _most_clients()
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
         return self._listening.fileno()
 
     def accept(self) -> Client | None:
-        """Take one new client; None when it has gone, or when there are too many."""
+        """Take one new client; None when it has gone, or when there are too many, in all or of its user."""
         try:
             connection, _ = self._listening.accept()
         except OSError:
             return None
-        if len(self.clients) >= _MOST_CLIENTS:
-            connection.close()
-            return None
         connection.setblocking(False)
         client = Client(connection, self._answer)
+        of_its_user = sum(other.caller.uid == client.caller.uid for other in self.clients)
+        if len(self.clients) >= self._most_clients or of_its_user >= self._most_clients // 2:
+            client.close()
+            return None
         self.clients.add(client)
         return client
 
@@ -167,3 +171,12 @@ class ControlSocket:
             self.drop(client)
         with contextlib.suppress(OSError):
             self._listening.close()
+
+
+def _most_clients() -> int:
+    """How many clients may be connected, each with all the descriptors that it may hand over, and leave us enough."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most == resource.RLIM_INFINITY:
+        return _MOST_CLIENTS
+    return max(2, min(_MOST_CLIENTS, (most - _OWN_DESCRIPTORS) // (2 * _MOST_DESCRIPTORS)))

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import random
+import resource
 import socket
 import statistics
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +39,10 @@ DELAY: Final = 0.005  # seconds; what 'a few milliseconds' are
 
 @pytest.fixture(scope="module", params=["inline", "kernel"])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineLab]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # as the engine finds it on most machines
     with engine_lab(tmp_path_factory.mktemp("lab"), datapath=request.param) as running:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         yield running
 
 
@@ -63,12 +68,18 @@ def local(lab: EngineLab) -> Iterator[socket.socket]:
         yield made
 
 
+def connect(sock: socket.socket) -> None:
+    """Connect to the engine, and wait for the turn if need be, which Python's own time limit would not."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 5, 0))
+    sock.connect(wire.ADDRESS)
+    sock.settimeout(5)
+
+
 @contextlib.contextmanager
 def raw_client(lab: EngineLab) -> Iterator[socket.socket]:
     """A connection to the control socket, for bytes of any kind."""
     with lab.gateway.namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
-        made.connect(wire.ADDRESS)  # with a time limit it would not wait for its turn, but fail
-        made.settimeout(5)
+        connect(made)
         yield made
 
 
@@ -273,6 +284,37 @@ def test_more_connections_than_allowed_leave_those_that_are_there(lab: EngineLab
         for _ in range(600):
             stack.enter_context(raw_client(lab))
         lab.tproxy.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
+
+
+def test_descriptors_that_one_user_has_the_engine_hold_are_in_nobody_s_way(
+    lab: EngineLab, local: socket.socket
+) -> None:
+    with contextlib.ExitStack() as stack, Path(os.devnull).open() as null:
+        for _ in range(200):
+            client = stack.enter_context(raw_client(lab))
+            with contextlib.suppress(ConnectionError):  # one too many
+                socket.send_fds(client, [b"[" * 10], [null.fileno()] * 16)  # of a request that never ends
+        for _ in range(10):
+            lab.tproxy.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
+        with lab.gateway.call(Tproxy) as other:
+            other.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
+
+
+@pytest.mark.needs("other-users")
+def test_a_user_with_all_connections_shuts_no_other_out(lab: EngineLab, local: socket.socket) -> None:
+    nobody = 65534
+    with contextlib.ExitStack() as stack:
+        sockets = [lab.gateway.namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(600)]
+        for made in sockets:
+            stack.enter_context(made)
+        os.seteuid(nobody)
+        try:
+            for made in sockets:
+                connect(made)
+        finally:
+            os.seteuid(0)
+        with lab.gateway.call(Tproxy) as other:
+            other.setsockopt(local.fileno(), pack_number(Operation.VERSION, 2 << 24))
 
 
 def test_a_flood_of_connections_turns_no_other_client_away(lab: EngineLab, local: socket.socket) -> None:
