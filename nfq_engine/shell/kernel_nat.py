@@ -199,6 +199,8 @@ class KernelDatapath(Datapath):
                 decision = Decision(Verdict.DROP, Reason.MAP_REFUSED, detail=f"{first.flow} as it is")
         self._engine.counters.count(hook, decision.reason)
         self._give(packet, hook, decision)
+        if first.of is not None and first.flow is not None:
+            self._track(first.flow)
 
     def _read_news(self) -> None:
         reports, is_complete = self._news.read()
