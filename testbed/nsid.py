@@ -7,6 +7,7 @@ announced there when the kernel takes it apart (rtnetlink, group RTNLGRP_NSID). 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -22,6 +23,8 @@ from testbed.netns import Namespace
 _RTNLGRP_NSID: Final = 28
 _SOL_NETLINK: Final = 270
 _NETLINK_ADD_MEMBERSHIP: Final = 1
+_SO_RCVBUFFORCE: Final = 33
+_NEWS_BUFFER: Final = 8 << 20  # the ends of everybody else's namespaces wait there, too, as long as the lab lives
 
 
 class Watch:
@@ -31,6 +34,8 @@ class Watch:
         """Begin to watch; OSError(EPERM) where this thread's namespace is not ours to give ids in."""
         self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         try:
+            with contextlib.suppress(PermissionError):  # a user namespace may not; there, few namespaces end
+                self._news.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _NEWS_BUFFER)
             self._news.bind((0, 0))
             self._alive = {_identify(self._news, namespace): name for name, namespace in namespaces.items()}
             self._news.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _RTNLGRP_NSID)

@@ -155,7 +155,7 @@ table inet {TABLE} {{
 
 def _kernel_text(mark: int) -> str:
     is_marked = f"meta mark & {mark:#x} == {mark:#x}"
-    is_first = f"meta l4proto {{ tcp, udp }} {_UNCONFIRMED}"
+    is_first = f"{_UNCONFIRMED} meta l4proto {{ tcp, udp }}"  # in this order, as most packets fail at the first part
     return f"""
 table inet {TABLE} {{
     {_sets_text()}
