@@ -77,6 +77,12 @@ def probe() -> Capabilities:
     return Capabilities((_python_packages(), *_commands(system_packages()), *_kernel()))
 
 
+def names() -> list[str]:
+    """Everything that is looked at, whether or not it could be tried here."""
+    commands = [capability.name for capability in _commands(system_packages())]
+    return ["python-packages", *commands, *(feature.name for feature in kernel_probe.FEATURES)]
+
+
 def explain(capabilities: Capabilities) -> str:
     """What is missing, as text: a table when anything required is, else one line for each optional thing."""
     optional = capabilities.missing(required=False)

@@ -125,6 +125,7 @@ class Lab:
         self._engine_options = engine_options or {}
         self._builder = Builder()
         self._watch: Watch | None = None
+        self._warden: WardenHandle | None = None
         self._undo = Undo()
         self._is_temporary = directory is None
         self.directory = directory or temporary_folder(topology.name)
@@ -159,7 +160,7 @@ class Lab:
             raise LabError(capabilities.explain(capabilities.Capabilities(missing)))
         check(self.topology)
         sweep()
-        warden = WardenHandle()
+        warden = self._warden = WardenHandle()
         self._undo.add("the end of the namespaces", self._await_deletion)
         self._undo.add("the warden", lambda: self.left_over.extend(warden.finish()))
         if self._is_temporary:
@@ -198,6 +199,21 @@ class Lab:
     def at_end(self, what: str, step: Callable[[], object]) -> None:
         """Have something done when the lab ends, before anything earlier is undone; `what` names it if it fails."""
         self._undo.add(what, step)
+
+    def leave(self) -> None:
+        """End the captures and let go of all else: somebody has taken it over (keeper.py).
+
+        Steps given to `at_end` are not done.
+        """
+        self._undo = Undo()
+        if self.capture is not None:
+            self.capture.stop()
+        if self._warden is not None:
+            self._warden.release()
+            self._warden.finish()
+        self._builder.close()
+        if self._watch is not None:
+            self._watch.close()
 
     def start_programs(self) -> None:
         """Start the engines, then the services: done on entering, unless the lab was made with `programs=False`."""

@@ -26,6 +26,7 @@ from testbed.netns import Namespace
 from testbed.topology import Readiness
 
 MARK: Final = "TESTBED_OWNER"  # in the environment of every process of a lab: the owner, as `owner_mark` tells it
+KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): the owner from which it took a lab over
 _GRACE: Final = 3.0  # seconds between SIGTERM and SIGKILL
 _LAST_BREATH: Final = 0.5  # seconds from the closing of a process's descriptors to its end
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
@@ -236,18 +237,30 @@ def temporary_folder(name: str) -> Path:
 def sweep() -> list[int]:
     """Kill the processes of labs whose owner is gone, and remove their temporary folders; the pids."""
     killed = []
-    mark = re.compile(rb"(?:^|\0)" + MARK.encode() + rb"=(\d+):(\d+):(\d+)(?:\0|$)")
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            match = mark.search((process / "environ").read_bytes())
-            if match is not None and _is_gone(*(part.decode() for part in match.groups())):
-                os.kill(int(process.name), signal.SIGKILL)
-                killed.append(int(process.name))
+    orphans = {pid: owner for pid, owner in _owners(MARK).items() if _is_gone(*owner)}
+    kept = set(_owners(KEEPS).values()) if orphans else set()
+    for pid, owner in orphans.items():
+        if owner not in kept:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
     for folder in Path(tempfile.gettempdir()).glob("testbed-*"):
         named = re.fullmatch(r"testbed-.+-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}", folder.name)
         if named is not None and _is_gone(*named.groups()):
             shutil.rmtree(folder, ignore_errors=True)
     return killed
+
+
+def _owners(variable: str) -> dict[int, tuple[str, str, str]]:
+    """The processes with an owner's mark in their environment, and the owner."""
+    found = {}
+    mark = re.compile(rb"(?:^|\0)" + variable.encode() + rb"=(\d+):(\d+):(\d+)(?:\0|$)")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (match := mark.search((process / "environ").read_bytes())) is not None:
+                pid_namespace, pid, started = (part.decode() for part in match.groups())
+                found[int(process.name)] = pid_namespace, pid, started
+    return found
 
 
 def _is_gone(pid_namespace: str, pid: str, started: str) -> bool:

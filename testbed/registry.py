@@ -13,8 +13,9 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -25,7 +26,7 @@ from testbed.process import start_time
 from testbed.topology import Topology
 
 _PATIENCE: Final = 15.0  # seconds for a lab to end
-_LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
+LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
 
 
 class RegistryError(Exception):
@@ -34,7 +35,7 @@ class RegistryError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A running lab: its keeper, and the descriptor that the keeper has for each node's namespace."""
+    """A running lab: the process that keeps it, and the descriptor that this has for each node's namespace."""
 
     name: str
     pid: int
@@ -46,6 +47,14 @@ class Record:
     def is_alive(self) -> bool:
         """Does its keeper still run? Pids come back, start times do not."""
         return start_time(self.pid) == self.started
+
+    def write(self) -> None:
+        """Let others find the lab."""
+        _path(self.name).write_text(json.dumps(asdict(self)))
+
+    def remove(self) -> None:
+        """Let nobody find it any more."""
+        _path(self.name).unlink(missing_ok=True)
 
     def namespace(self, node: str) -> Namespace:
         """The namespace of a node."""
@@ -91,15 +100,26 @@ def find(name: str | None) -> Record:
     raise RegistryError(f"no lab {name!r} is running")
 
 
+def record_of(name: str, logs: Path, namespaces: Mapping[str, Namespace]) -> Record:
+    """Record a lab of this process under its name, or NAME-2 and so on where that is taken."""
+    with lock():
+        taken = {record.name for record in records()}
+        free = next(each for number in count(1) if (each := f"{name}-{number}" if number > 1 else name) not in taken)
+        nodes = {node: namespace.fileno() for node, namespace in namespaces.items()}
+        record = Record(free, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
+        record.write()
+        return record
+
+
 def up(topology: Topology, logs: Path) -> Record:
     """Start a lab that runs until `down`; whatever keeps it from starting is told here."""
-    with _lock() as lock:
+    with lock() as held:
         if any(record.name == topology.name for record in records()):
             raise RegistryError(f"the lab {topology.name} runs already")
         reading, writing = os.pipe()
         if os.fork() == 0:
             os.close(reading)
-            os.close(lock)  # else the lab would hold it as long as it lives
+            os.close(held)  # else the lab would hold it as long as it lives
             _keep(topology, logs, writing)
         os.close(writing)
         with os.fdopen(reading) as told:
@@ -112,11 +132,11 @@ def up(topology: Topology, logs: Path) -> Record:
 
 def down(record: Record) -> None:
     """End a lab and wait until its keeper is gone; RegistryError with what the keeper had to complain of."""
-    log = Path(record.directory, _LOG)
+    log = Path(record.directory, LOG)
     said = log.stat().st_size if log.exists() else 0
     os.kill(record.pid, signal.SIGTERM)
     _wait_gone(record)
-    _path(record.name).unlink(missing_ok=True)
+    record.remove()
     if log.exists() and (complaints := log.read_text(errors="replace")[said:].strip()):
         raise RegistryError(f"{record.name} is down, but\n{complaints}")
 
@@ -145,11 +165,11 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
     try:
         # Not blocked and waited for: what the keeper starts would have it blocked, too.
         signal.signal(signal.SIGTERM, _leave)
-        _redirect(logs / _LOG)
+        redirect(logs / LOG)
         with contextlib.suppress(_Down), Lab(topology, logs) as lab:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
-            _path(topology.name).write_text(json.dumps(asdict(record)))
+            record.write()
             os.close(telling)
             telling = -1
             with contextlib.suppress(_Down):
@@ -174,7 +194,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise _Down
 
 
-def _redirect(log: Path) -> None:
+def redirect(log: Path) -> None:
     """Standard input from nowhere, output to the keeper's log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -188,8 +208,8 @@ def _path(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _lock() -> Iterator[int]:
-    """One `up` at a time; yields the descriptor that holds the lock."""
+def lock() -> Iterator[int]:
+    """One that makes a record at a time; yields the descriptor that holds the lock."""
     descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

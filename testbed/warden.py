@@ -52,13 +52,16 @@ class Warden:
                 return  # a child that the lab forked may hold the pipe open for long
 
     def take(self, line: str) -> None:
-        """`namespace DEVICE INODE`, or `folder PATH`."""
+        """`namespace DEVICE INODE`, `folder PATH`, or `release`: all that was told so far is somebody else's now."""
         kind, _, rest = line.partition(" ")
         if kind == "namespace":
             device, inode = map(int, rest.split())
             self.namespaces.add((device, inode))
         elif kind == "folder":
             self.folders.append(rest)
+        elif kind == "release":
+            self.namespaces.clear()
+            self.folders.clear()
 
     def clean(self) -> None:
         """Kill until nothing is left, then remove the folders."""

@@ -47,6 +47,10 @@ class WardenHandle:
         """Make it responsible for a temporary folder."""
         self._tell(f"folder {folder}")
 
+    def release(self) -> None:
+        """Make it responsible for nothing: another has taken over."""
+        self._tell("release")
+
     def finish(self) -> list[str]:
         """Let it clean up now; what it had to kill, by name and pid. WardenError when it does not end."""
         try:
