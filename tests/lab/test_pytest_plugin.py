@@ -324,8 +324,11 @@ def run_testbed(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 @pytest.mark.usefixtures("ends")
 def test_a_kept_lab_lives_on_as_it_was_until_it_is_ended(
-    project: pytest.Pytester, name: str, workers: tuple[str, ...]
+    project: pytest.Pytester, name: str, workers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A mark of its own: other versions of the testbed may sweep this machine meanwhile.
+    monkeypatch.setattr("testbed.process.MARK", "TESTBED_KEPT_OWNER")
+    project.makeconftest("from testbed import process\nprocess.MARK = 'TESTBED_KEPT_OWNER'")
     service = "{services: {s: {command: ['{python}', -m, http.server, '8000'], ready: {port: 8000}}}}"
     project.makefile(".yaml", lab=PAIR.format(name=name, node=service))
     project.makepyfile(test_it=FAILS, test_other=PASSES)
