@@ -39,6 +39,7 @@ _LOOK_AT_EACH: Final = 0.001  # and for each of them: with many, looking must no
 _IDLE_LOOK: Final = 0.05  # the same where no call has begun to wait for so many seconds:
 _IDLE: Final = 1.0
 
+_COMING: Final = select.POLLIN | select.POLLRDHUP
 _LOCAL: Final = (SOL_IP, 20)  # IP_RECVORIGDSTADDR: original to the kernel is what is local here, behind us
 
 _LARGEST: Final = 65536  # no datagram is longer
@@ -158,6 +159,7 @@ class ReceivingCalls:
         self._poll = poll
         self._receiver = receiver
         self._waiting: dict[int, tuple[_Call, ExitStack]] = {}
+        self._resting: set[int] = set()  # of their sockets, those that are not at `poll` for now
         self._next_look = 0.0
         self._began_to_wait = 0.0  # when the youngest of the waiting calls did
         self._data = ctypes.create_string_buffer(_LARGEST)
@@ -187,7 +189,7 @@ class ReceivingCalls:
             if not call.may_wait:
                 raise
             self._waiting[taken.fileno()] = (call, handles.pop_all())
-            self._poll.register(taken, select.POLLIN | select.POLLRDHUP)
+            self._poll.register(taken, _COMING)
             self._began_to_wait = time.monotonic()
             self._next_look = min(self._next_look, self._began_to_wait + _LOOK)
 
@@ -199,6 +201,9 @@ class ReceivingCalls:
                 self._listener.answer(call.notification, 0, self._receive(call))
             except BlockingIOError:
                 if not events & select.POLLRDHUP:  # another call of the program was quicker
+                    if events & select.POLLERR:  # or there are errors that it may never read: until the next look
+                        self._poll.unregister(descriptor)
+                        self._resting.add(descriptor)
                     return
                 _write_message(call.caller, call.message, memoryview(b""), b"", b"", 0)
                 self._listener.answer(call.notification, 0)
@@ -220,6 +225,8 @@ class ReceivingCalls:
 
     def _look(self) -> None:
         """Look at each thread that waits: has a signal come, is it still there?"""
+        while self._resting:
+            self._poll.register(self._resting.pop(), _COMING)
         held = {call.notification.thread for call, _ in self._waiting.values()}
         served: set[int] = set()  # processes: a signal for one is taken by one thread, the first if it can
         for descriptor, (call, _) in sorted(self._waiting.items(), key=lambda item: not item[1][0].is_of_first_thread):
@@ -249,7 +256,10 @@ class ReceivingCalls:
         return True
 
     def _forget(self, descriptor: int) -> None:
-        self._poll.unregister(descriptor)
+        if descriptor in self._resting:
+            self._resting.discard(descriptor)
+        else:
+            self._poll.unregister(descriptor)
         _, handles = self._waiting.pop(descriptor)
         handles.close()
 

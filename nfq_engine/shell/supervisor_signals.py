@@ -83,7 +83,7 @@ def look_for_signals(thread: int) -> Iterator[bool]:
 
     The kernel's own way to do so is a debugger's: to be interrupted. A thread that has a debugger gets no second one.
     """
-    if _ptrace(_PTRACE_SEIZE, thread):
+    if not _ptrace(_PTRACE_SEIZE, thread):
         yield False
         return
     _ptrace(_PTRACE_INTERRUPT, thread)
@@ -94,8 +94,8 @@ def look_for_signals(thread: int) -> Iterator[bool]:
 
 
 def _ptrace(request: int, thread: int) -> bool:
-    """ptrace(2); True when it fails."""
-    return bool(_libc.ptrace(ctypes.c_long(request), ctypes.c_long(thread), None, None))
+    """ptrace(2); False when it is refused."""
+    return not _libc.ptrace(ctypes.c_long(request), ctypes.c_long(thread), None, None)
 
 
 def _is_stopping(process: int, held: Container[int]) -> bool:

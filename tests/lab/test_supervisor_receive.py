@@ -5,6 +5,8 @@ import platform
 import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +103,45 @@ def test_a_program_is_stopped_and_goes_on_while_it_waits_for_a_datagram(
     peer.sendto(b"late", ("127.0.0.1", port))
     run.process.send_signal(signal.SIGCONT)
     assert run.output() == "stopped late with-addresses\n"
+
+
+ERROR_QUEUE_UNREAD = """
+import socket, sys
+ip_recverr = 11
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.SOL_IP, ip_recverr, 1)
+sock.setsockopt(socket.SOL_IP, 11273, 1)
+sock.connect(("127.0.0.1", int(sys.argv[1])))
+sock.send(b"refused")
+try:
+    sock.recvmsg(100, 100)
+except ConnectionRefusedError:
+    print(sock.getsockname()[1], flush=True)
+data, controls, _, _ = sock.recvmsg(100, 100)
+print(data.decode(), len(controls))
+"""
+
+
+def test_an_error_queue_that_nobody_reads_keeps_nobody_busy(start: Start, peer: socket.socket) -> None:
+    port = peer.getsockname()[1]
+    peer.close()
+    run = start(sys.executable, "-c", ERROR_QUEUE_UNREAD, port, original=ORIGINAL)
+    own_port = int(run.line())
+    wait_until(lambda: waits_in_recvmsg(run.process.pid), "the program waits for a datagram")
+    fields = Path(f"/proc/{run.supervisor()}/stat")
+    begin, ticks = time.monotonic(), ticks_of(fields)
+    wait_until(lambda: time.monotonic() > begin + 0.5, "half a second goes by")
+    assert ticks_of(fields) - ticks < 0.25 * os.sysconf("SC_CLK_TCK")  # half of it, were the supervisor busy
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as late:
+        late.bind(("127.0.0.1", port))
+        late.sendto(b"late", ("127.0.0.1", own_port))
+        assert run.output() == "late 1\n"
+
+
+def ticks_of(stat: Path) -> int:
+    """Processor time, as /proc/PID/stat tells it."""
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
 def test_a_program_killed_while_it_waits_for_a_datagram(start: Start) -> None:
