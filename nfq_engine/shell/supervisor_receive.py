@@ -8,7 +8,6 @@ Rules that hold here:
 - A call that waits is remembered with all that it needs. Its thread is looked at again and again: a signal ends the
   call as it would end the kernel's own, and a call whose thread was killed gives back its socket.
 - recvmmsg waits for one datagram only, also where the kernel's would wait for more, and gives all that are there.
-- Layouts are those of 64-bit programs; calls of 32-bit ones are not handed over.
 """
 
 from __future__ import annotations
@@ -32,6 +31,17 @@ from typing import Final, assert_never
 from nfq_engine.core.option import IP_RECVORIGADDRS
 from nfq_engine.shell.seccomp import SOL_IP, Listener, Notification
 from nfq_engine.shell.supervisor_caller import Caller
+from nfq_engine.shell.supervisor_message import (
+    LARGEST,
+    MANY_SIZE,
+    Control,
+    Message,
+    read_controls,
+    read_message,
+    write_controls,
+    write_length,
+    write_message,
+)
 from nfq_engine.shell.supervisor_signals import ERESTARTNOHAND, ERESTARTSYS, Due, due_signal, look_for_signals
 
 _LOOK: Final = 0.01  # seconds from one look at the threads that wait to the next
@@ -42,19 +52,8 @@ _IDLE: Final = 1.0
 _COMING: Final = select.POLLIN | select.POLLRDHUP
 _LOCAL: Final = (SOL_IP, 20)  # IP_RECVORIGDSTADDR: original to the kernel is what is local here, behind us
 
-_LARGEST: Final = 65536  # no datagram is longer
-_MOST_VECTORS: Final = 1024  # UIO_MAXIOV, and so many messages in one recvmmsg too
-_LENGTH_AT: Final = 56  # in struct mmsghdr, behind its struct msghdr
-_MANY_SIZE: Final = 64
-_MESSAGE: Final = Struct("=QI4xQQQQi4x")  # struct msghdr
-_VECTOR: Final = Struct("=QQ")  # struct iovec
-_CONTROL: Final = Struct("=Qii")  # struct cmsghdr
+_MOST_MESSAGES: Final = 1024  # in one recvmmsg
 _TIMEOUT: Final = Struct("=qq")  # struct timeval
-_NAME_SIZE_AT: Final = 8
-_CONTROL_SIZE_AT: Final = 40
-_FLAGS_AT: Final = 48
-_U32: Final = Struct("=I")
-_U64: Final = Struct("=Q")
 _INT_MAX: Final = 0x7FFFFFFF
 _NAME_SIZE: Final = 128  # struct sockaddr_storage
 
@@ -101,31 +100,6 @@ class _OwnMessage(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
-    """The program's struct msghdr: where it is, and where it wants what."""
-
-    at: int
-    name_at: int
-    name_size: int
-    vectors: tuple[tuple[int, int], ...]
-    control_at: int
-    control_size: int
-
-    @property
-    def room(self) -> int:
-        """Bytes of data that it has room for, as far as they matter."""
-        return min(sum(size for _, size in self.vectors), _LARGEST)
-
-
-@dataclass(frozen=True, slots=True)
-class _Control:
-    """A control message; `kind` is level and type."""
-
-    kind: tuple[int, int]
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class _Call:
     """One recvmsg or recvmmsg under way.
 
@@ -135,7 +109,7 @@ class _Call:
     notification: Notification
     caller: Caller
     taken: socket.socket
-    message: _Message
+    message: Message
     flags: int
     count: int | None
     until: float
@@ -162,9 +136,9 @@ class ReceivingCalls:
         self._resting: set[int] = set()  # of their sockets, those that are not at `poll` for now
         self._next_look = 0.0
         self._began_to_wait = 0.0  # when the youngest of the waiting calls did
-        self._data = ctypes.create_string_buffer(_LARGEST)
+        self._data = ctypes.create_string_buffer(LARGEST)
         self._name = ctypes.create_string_buffer(_NAME_SIZE)
-        self._control = ctypes.create_string_buffer(_LARGEST)
+        self._control = ctypes.create_string_buffer(LARGEST)
 
     def patience(self) -> float | None:
         """Seconds until `tidy` has something to do; None when no call waits."""
@@ -178,11 +152,11 @@ class ReceivingCalls:
         is_many = notification.number == notification.table.recvmmsg
         _, at, *rest = notification.arguments
         flags = rest[1 if is_many else 0] & _INT_MAX
-        count = min(rest[0] & 0xFFFFFFFF, _MOST_VECTORS) if is_many else None
+        count = min(rest[0] & 0xFFFFFFFF, _MOST_MESSAGES) if is_many else None
         if flags & socket.MSG_ERRQUEUE or count == 0:  # no datagram is asked for
             self._listener.let_go_on(notification)
             return
-        call = _Call(notification, caller, taken, _read_message(caller, at), flags, count, _deadline(taken))
+        call = _Call(notification, caller, taken, read_message(caller, at), flags, count, _deadline(taken))
         try:
             self._listener.answer(notification, 0, self._receive(call))
         except BlockingIOError:
@@ -205,7 +179,7 @@ class ReceivingCalls:
                         self._poll.unregister(descriptor)
                         self._resting.add(descriptor)
                     return
-                _write_message(call.caller, call.message, memoryview(b""), b"", b"", 0)
+                write_message(call.caller, call.message, memoryview(b""), b"", b"", 0)
                 self._listener.answer(call.notification, 0)
             except OSError as problem:
                 self._listener.answer(call.notification, problem.errno or errno.EIO)
@@ -271,46 +245,46 @@ class ReceivingCalls:
         try:
             while True:
                 length = self._receive_one(call, message)
-                call.caller.write(message.at + _LENGTH_AT, _U32.pack(length))
+                write_length(call.caller, message, length)
                 done += 1
                 if done == call.count:
                     return done
-                message = _read_message(call.caller, message.at + _MANY_SIZE)
+                message = read_message(call.caller, message.at + MANY_SIZE)
         except OSError:
             if not done:
                 raise
         return done
 
-    def _receive_one(self, call: _Call, message: _Message) -> int:
+    def _receive_one(self, call: _Call, message: Message) -> int:
         """Take one datagram and give the program what it has room for; the length that recvmsg tells."""
         with _local_address_told(call.taken) as is_ours:
             header, length = self._take(call)
         name = ctypes.string_at(self._name, header.name_size)
-        controls = _read_controls(ctypes.string_at(self._control, header.control_size))
+        controls = read_controls(ctypes.string_at(self._control, header.control_size))
         local = next((one.data for one in controls if one.kind == _LOCAL), b"")
         if is_ours:
             controls = [one for one in controls if one.kind != _LOCAL]
         is_peeked = bool(call.flags & socket.MSG_PEEK)
         original = self._original_addresses(Datagram(name, local, ctypes.string_at(self._data, length), is_peeked))
         if original is not None:
-            controls.append(_Control((SOL_IP, IP_RECVORIGADDRS), original))
-        control, flags = _write_controls(controls, message.control_size)
+            controls.append(Control((SOL_IP, IP_RECVORIGADDRS), original))
+        control, flags = write_controls(controls, message.control_size)
         given = min(length, message.room)
         if given < length:
             flags |= socket.MSG_TRUNC
-        _write_message(call.caller, message, memoryview(self._data)[:given], name, control, header.flags | flags)
+        write_message(call.caller, message, memoryview(self._data)[:given], name, control, header.flags | flags)
         return length if call.flags & socket.MSG_TRUNC else given
 
     def _take(self, call: _Call) -> tuple[_OwnMessage, int]:
         """Take all of a datagram into our own buffers: the message, and its length. OSError as from recvmsg(2)."""
-        vector = _OwnVector(ctypes.addressof(self._data), _LARGEST)
+        vector = _OwnVector(ctypes.addressof(self._data), LARGEST)
         header = _OwnMessage(
             name=ctypes.addressof(self._name),
             name_size=_NAME_SIZE,
             vectors=ctypes.addressof(vector),
             vector_count=1,
             control=ctypes.addressof(self._control),
-            control_size=_LARGEST,
+            control_size=LARGEST,
         )
         length: int = _libc.recvmsg(call.taken.fileno(), ctypes.byref(header), call.flags | socket.MSG_DONTWAIT)
         if length < 0:
@@ -327,36 +301,6 @@ class ReceivingCalls:
             return None
 
 
-def _read_message(caller: Caller, at: int) -> _Message:
-    """The program's struct msghdr; OSError as a kernel has it."""
-    name_at, name_size, vectors_at, vector_count, control_at, control_size, _ = _MESSAGE.unpack(
-        caller.read(at, _MESSAGE.size)
-    )
-    if vector_count > _MOST_VECTORS:
-        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-    if name_at and name_size > _INT_MAX:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    vectors = tuple(_VECTOR.iter_unpack(caller.read(vectors_at, vector_count * _VECTOR.size)))
-    return _Message(at, name_at, name_size, vectors, control_at, control_size if control_at else 0)
-
-
-def _write_message(
-    caller: Caller, message: _Message, data: memoryview, name: bytes, control: bytes, flags: int
-) -> None:
-    """Give the program what its struct msghdr asks for; OSError (EFAULT) when it has no such memory."""
-    for address, size in message.vectors:
-        if not data:
-            break
-        caller.write(address, data[:size])
-        data = data[size:]
-    if message.name_at:
-        caller.write(message.name_at, name[: message.name_size])
-        caller.write(message.at + _NAME_SIZE_AT, _U32.pack(len(name)))
-    caller.write(message.control_at, control)
-    caller.write(message.at + _CONTROL_SIZE_AT, _U64.pack(len(control)))
-    caller.write(message.at + _FLAGS_AT, _U32.pack(flags))
-
-
 @contextlib.contextmanager
 def _local_address_told(taken: socket.socket) -> Iterator[bool]:
     """Have the kernel tell with a datagram where it was delivered to; True unless the program asked for that itself."""
@@ -368,37 +312,6 @@ def _local_address_told(taken: socket.socket) -> Iterator[bool]:
     finally:
         if is_ours:
             taken.setsockopt(*_LOCAL, 0)
-
-
-def _read_controls(data: bytes) -> list[_Control]:
-    """The kernel's control messages."""
-    controls, at = [], 0
-    while at + _CONTROL.size <= len(data):
-        length, level, kind = _CONTROL.unpack_from(data, at)
-        controls.append(_Control((level, kind), data[at + _CONTROL.size : at + length]))
-        at += _space(length)
-    return controls
-
-
-def _write_controls(controls: list[_Control], room: int) -> tuple[bytes, int]:
-    """Control messages, and what they add to the flags; cut as the kernel's put_cmsg cuts what has no room."""
-    written, cut = b"", 0
-    for one in controls:
-        left = room - len(written)
-        if left < _CONTROL.size:
-            cut = socket.MSG_CTRUNC
-            continue
-        length = _CONTROL.size + len(one.data)
-        if length > left:
-            length, cut = left, socket.MSG_CTRUNC
-        whole = _CONTROL.pack(length, *one.kind) + one.data
-        written += whole.ljust(_space(len(whole)), b"\0")[:left]
-    return written, cut
-
-
-def _space(length: int) -> int:
-    """CMSG_ALIGN."""
-    return length + 7 & ~7
 
 
 def _deadline(taken: socket.socket) -> float:
