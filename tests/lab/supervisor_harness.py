@@ -8,7 +8,7 @@ first), `refuse` (make no handler, for this reason), `old_kernel` (as one before
 the supervisor has taken on).
 
 A rule: `direction`, `option`, `op` to fit; `error`, `value` (hex) to reply; `gate` (a FIFO: reply when someone writes);
-`fails` (raise instead).
+`fails` (raise instead); `signal` (send the program this signal, just before the reply).
 """
 
 import ctypes
@@ -61,6 +61,8 @@ def make_handler(settings: dict[str, Any]) -> Handler:
             Path(rule["gate"]).read_bytes()
         if "fails" in rule:
             raise RuntimeError(rule["fails"])
+        if "signal" in rule:
+            os.kill(call.pid, rule["signal"])
         return SocketReply(rule.get("error", 0), bytes.fromhex(rule["value"]) if "value" in rule else call.value)
 
     return handle

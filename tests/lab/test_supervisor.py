@@ -251,7 +251,7 @@ def test_a_static_rust_program(start: Start, programs: Path) -> None:
 
 
 def test_signals_neither_break_nor_double_a_call(start: Start) -> None:
-    run = start("signalled")
+    run = start("signalled", 100)
     words = run.output().split()
     assert words == ["calls", str(len(run.calls())), "failed", "0"]
 
