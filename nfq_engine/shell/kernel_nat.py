@@ -177,7 +177,8 @@ class KernelDatapath(Datapath):
     def _map(self, packet: QueuedPacket, hook: Hook, decision: Decision, mapping: Mapping) -> None:
         """Hold a packet back until its mapping is in place, unless it is already."""
         key = None
-        if decision.reason is Reason.REDIRECT and hook is Hook.PREROUTING:
+        is_redirect = decision.reason is Reason.REDIRECT and hook is Hook.PREROUTING
+        if is_redirect and not self._is_kept_from_one_way(mapping):
             key = key_of(packet.indev, mapping.flow.protocol, mapping.flow.destination)
             if self._redirects.lead(key, mapping.to):
                 self._clear()  # or the packet would find what another one with its tuple left

@@ -637,6 +637,27 @@ def test_what_is_marked_only_keeps_its_destination_beside_redirects(lab: EngineL
     assert lab.reasons("PREROUTING") == {"redirect": 2, "mark-only": 2}
 
 
+def test_beside_a_one_way_listener_only_first_datagrams_are_queued(lab: EngineLab) -> None:
+    """The listener is narrowed to one peer; the others' datagrams to its foreign endpoint are redirected by a rule."""
+    listener = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 7000)
+    lab.tproxy.assign(listener, lab.server.address(), 80)
+    lab.tproxy.connect(listener, "10.99.99.99", 9)
+    lab.tproxy.set_flags(listener, Flag.LISTEN | Flag.UNIDIR)
+    proxy = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 50080)
+    peers = [lab.open(lab.client, UDP) for _ in range(2)]
+    for peer in peers:
+        peer.connect((lab.server.address(), 80))
+        peer.send(b"first")
+        data, name = proxy.recvfrom(10)
+        proxy.sendto(data, name)
+        assert peer.recv(10) == b"first"
+    before = lab.queued()
+    for peer in peers:
+        peer.send(b"second")
+        assert proxy.recv(10) == b"second"
+    assert lab.queued() == before
+
+
 def test_an_interface_that_has_another_address_first_is_noticed(lab: EngineLab) -> None:
     proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
     first = lab.gateway.address(4, "eth0")
