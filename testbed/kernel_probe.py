@@ -338,7 +338,7 @@ FEATURES: Final = (
         required=False,
         needed_for="delay, loss and reordering on links",
         remedy="CONFIG_NET_SCH_NETEM; on Ubuntu: apt install linux-modules-extra-$(uname -r)",
-        cost="no impairments by the kernel",
+        cost="nothing: the testbed impairs links itself, in user space",
         trial=_make_netem,
     ),
     Feature(

@@ -19,6 +19,8 @@ from pyroute2 import IPRoute
 from testbed import capabilities
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
+from testbed.impair import WIRE, Stage, is_impaired
+from testbed.impair_model import Counts
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.plan import plan
@@ -124,6 +126,7 @@ class Lab:
         self._wants_programs = programs
         self._engine_options = engine_options or {}
         self._builder = Builder()
+        self._stage: Stage | None = None
         self._watch: Watch | None = None
         self._warden: WardenHandle | None = None
         self._undo = Undo()
@@ -135,6 +138,7 @@ class Lab:
             self._build()
             if self._wants_capture:
                 self._start_capture()
+            self._start_stage()
             if self._wants_programs:
                 self.start_programs()
         except BaseException as error:
@@ -147,6 +151,8 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         complaints = [program.account() for program in self.programs.values() if program.has_failed]
+        if self._stage is not None and self._stage.program.has_failed:
+            complaints.append(self._stage.program.account())
         complaints += self._undo.run()
         if error is not None:
             for complaint in complaints:
@@ -170,7 +176,7 @@ class Lab:
         self._undo.add("the namespaces", self._builder.close)
         self._builder.build(plan(self.topology))
         with contextlib.suppress(PermissionError):  # inside somebody else's namespace we see no others end
-            self._watch = Watch({node.name: self._builder.namespace(node.name) for node in self.topology.nodes})
+            self._watch = Watch({node: site.namespace for node, site in self._builder.sites.items()})
 
     def _await_deletion(self) -> None:
         """Wait until the kernel has taken the namespaces apart."""
@@ -230,6 +236,17 @@ class Lab:
         self.capture = CaptureSession(points, self.directory)
         self.capture.start()
         self._undo.add("the captures", self.capture.stop)
+
+    def _start_stage(self) -> None:
+        """What stands in the middle of impaired links."""
+        if any(is_impaired(link) for link in self.topology.links):
+            self._stage = Stage(self.topology, self._builder.namespace(WIRE), self.directory)
+            self._undo.add("the impairments", self._stage.program.stop)
+
+    @property
+    def impairments(self) -> Mapping[str, Counts]:
+        """What became of the frames that each end of an impaired link sent so far, by its label."""
+        return self._stage.counts() if self._stage is not None else {}
 
     def _start_engine(self, node: Node) -> None:
         """Start a node's engine with its ruleset in a file, as a user would."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from testbed.impair import WIRE, is_impaired, stage_ends
 from testbed.routes import routes
-from testbed.topology import BRIDGE, Address, End, Gateway, Kind, Network, Node, Topology
+from testbed.topology import BRIDGE, Address, End, Gateway, Kind, Link, Network, Node, Topology
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
@@ -25,6 +26,7 @@ _SETTINGS: Final = (
     ("net.ipv4.conf.all.rp_filter", "0"),
     ("net.ipv4.conf.default.rp_filter", "0"),
 )
+_NO_IPV6: Final = (("net.ipv6.conf.default.disable_ipv6", "1"),)  # the stage of impaired links only passes frames on
 _FORWARDING: Final = (("net.ipv4.ip_forward", "1"), ("net.ipv6.conf.all.forwarding", "1"))
 
 
@@ -164,9 +166,10 @@ def plan(topology: Topology) -> list[Operation]:
         settings, _ = _settings(topology, node)
         operations.append(MakeNamespace(node.name, (*_SETTINGS, *forwarding, *settings)))
     operations += [MakeBridge(node.name) for node in topology.nodes if node.kind is Kind.BRIDGE]
-    operations += [
-        MakeLink(link.left, link.right, link.mtu, 10 + 2 * number) for number, link in enumerate(topology.links)
-    ]
+    if any(is_impaired(link) for link in topology.links):
+        operations.append(MakeNamespace(WIRE, (*_SETTINGS, *_NO_IPV6)))
+    for number, link in enumerate(topology.links):
+        operations += _link(number, link)
     ways = routes(topology)
     for node in topology.nodes:
         operations += _configuration(topology, node, ways.get(node.name, ()))
@@ -174,6 +177,22 @@ def plan(topology: Topology) -> list[Operation]:
     for node in topology.nodes:
         operations += _last_touches(topology, node)
     return operations
+
+
+def _link(number: int, link: Link) -> list[Operation]:
+    """One veth pair, or two with the stage between them if the link is impaired.
+
+    The nodes' ends have the same indexes and MACs either way.
+    """
+    index = 10 + 2 * number
+    if not is_impaired(link):
+        return [MakeLink(link.left, link.right, link.mtu, index)]
+    near, far = stage_ends(number)
+    return [
+        MakeLink(link.left, near, link.mtu, index),
+        MakeLink(far, link.right, link.mtu, index),
+        *(SetUp(WIRE, end.interface) for end in (near, far)),
+    ]
 
 
 def _settings(topology: Topology, node: Node) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
@@ -202,8 +221,11 @@ def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network,
     name = node.name
     ends = topology.ends_of(name)
     operations: list[Operation] = []
-    if not topology.offload:
-        operations += [StopOffload(name, end.interface) for end in ends]
+    for link in topology.links:
+        if (
+            is_impaired(link) or not topology.offload
+        ):  # what an impaired link loses or delays is one frame, not joined ones
+            operations += [StopOffload(name, end.interface) for end in link.ends if end.node == name]
     if node.kind is Kind.BRIDGE:
         operations += [JoinBridge(name, end.interface) for end in ends]
         operations.append(SetUp(name, BRIDGE))

@@ -1,0 +1,95 @@
+"""What becomes of the frames of one impaired direction: pure.
+
+Owns: the choices and the times. Must not know sockets or clocks: `now` comes in, and each direction has a generator of
+its own, seeded by the impairment's seed and the sending interface. Every frame takes the same number of draws, whatever
+becomes of it, so the k-th frame meets the same fate each time.
+
+A frame's way: loss, corruption, the queue in front of the rate, the delay, and a second copy.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+from typing import Final
+
+from testbed.topology import Impairment
+
+_ETHERNET: Final = 14  # bytes of header; bits are flipped behind it, so that the frame still arrives
+_QUEUE: Final = 256 * 1024  # bytes that may wait in front of a limited rate
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the frames of one direction so far."""
+
+    seen: int = 0
+    lost: int = 0
+    overflowed: int = 0  # the queue in front of the rate was full
+    duplicated: int = 0
+    reordered: int = 0  # sent without the delay
+    corrupted: int = 0
+
+
+COUNTERS: Final = tuple(field.name for field in fields(Counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A frame that leaves at a time."""
+
+    when: float  # seconds, of the clock that `now` came from
+    frame: bytes
+
+
+class Direction:
+    """One direction of a link."""
+
+    def __init__(self, impairment: Impairment, label: str) -> None:
+        """`label`: the sending interface."""
+        self.counts = Counts()
+        self._impairment = impairment
+        self._random = random.Random(f"{impairment.seed} {label}")
+        self._free_at = 0.0  # when the last bit that waits in front of the rate will have been sent
+
+    def departures(self, now: float, frame: bytes) -> list[Departure]:
+        """What leaves for a frame that came at `now`: nothing, itself, or two."""
+        impairment, counts = self._impairment, self.counts
+        lost, twice, early, corrupt, where, far = (self._random.random() for _ in range(6))
+        counts.seen += 1
+        if lost < impairment.loss:
+            counts.lost += 1
+            return []
+        sent = self._sent(now, len(frame))
+        if sent is None:
+            counts.overflowed += 1
+            return []
+        if corrupt < impairment.corrupt and len(frame) > _ETHERNET:
+            counts.corrupted += 1
+            frame = _flipped(frame, where)
+        delay = impairment.delay + impairment.jitter * (2 * far - 1)
+        if early < impairment.reorder:
+            counts.reordered += 1
+            delay = 0.0
+        copies = 1
+        if twice < impairment.duplicate:
+            counts.duplicated += 1
+            copies = 2
+        return [Departure(sent + delay, frame)] * copies
+
+    def _sent(self, now: float, length: int) -> float | None:
+        """When the last bit of a frame is on the wire; None when too much waits already."""
+        rate = self._impairment.rate
+        if rate is None:
+            return now
+        start = max(now, self._free_at)
+        if (start - now) * rate / 8 + length > _QUEUE:
+            return None
+        self._free_at = start + length * 8 / rate
+        return self._free_at
+
+
+def _flipped(frame: bytes, where: float) -> bytes:
+    """A frame with one bit flipped; `where` from 0 to 1 tells which."""
+    at, bit = divmod(_ETHERNET * 8 + int(where * (len(frame) - _ETHERNET) * 8), 8)
+    return frame[:at] + bytes([frame[at] ^ 1 << bit]) + frame[at + 1 :]

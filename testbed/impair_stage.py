@@ -1,0 +1,110 @@
+"""The user-space stage: carries the frames of impaired links from one veth pair to another.
+
+Owns: the packet sockets, the clock and the frames under way, in a namespace of the testbed's own between the nodes.
+Must not choose what becomes of a frame: impair_model.py does. Run by impair.py; ends with the lab.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import mmap
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+from typing import Final
+
+from testbed.impair_model import COUNTERS, Direction
+from testbed.topology import Impairment
+
+RECORD: Final = struct.Struct(f"={len(COUNTERS)}Q")  # the counters of a direction in the shared file
+_ETH_P_ALL: Final = 3
+_PACKET_OUTGOING: Final = 4  # linux/if_packet.h
+_SO_RCVBUFFORCE: Final = 33
+_BUFFER: Final = 4 << 20
+_LARGEST: Final = 1 << 17
+_BURST: Final = 64  # frames read before those that are due are sent
+
+
+class _Lane:
+    """One direction: where its frames come in, where they go out."""
+
+    def __init__(self, direction: Direction, source: socket.socket, target: socket.socket) -> None:
+        self.direction = direction
+        self.source = source
+        self.target = target
+
+
+def _open(interface: str) -> socket.socket:
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+    except PermissionError:  # rootless
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    opened.bind((interface, _ETH_P_ALL))
+    opened.setblocking(False)
+    return opened
+
+
+def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
+    """Carry frames until the process is ended."""
+    waiting: list[tuple[float, int, _Lane, bytes]] = []
+    number = 0  # keeps the order of frames that are due at the same time
+    by_socket = {lane.source: (place, lane) for place, lane in enumerate(lanes)}
+    while True:
+        patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        readable, _, _ = select.select(by_socket, (), (), patience)  # poll() and epoll round up to milliseconds
+        for source in readable:
+            place, lane = by_socket[source]
+            for frame in _frames(source):
+                for departure in lane.direction.departures(time.monotonic(), frame):
+                    number += 1
+                    heapq.heappush(waiting, (departure.when, number, lane, departure.frame))
+            RECORD.pack_into(counters, place * RECORD.size, *astuple(lane.direction.counts))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, _, lane, frame = heapq.heappop(waiting)
+            try:
+                lane.target.send(frame)
+            except OSError as error:  # a full queue or an interface that is down loses it, as a wire would
+                print(f"a frame of {len(frame)} bytes was not sent: {os.strerror(error.errno or 0)}", flush=True)
+
+
+def _frames(source: socket.socket) -> list[bytes]:
+    """The frames that came in, some at most."""
+    found: list[bytes] = []
+    while len(found) < _BURST:
+        try:
+            frame, address = source.recvfrom(_LARGEST)
+        except OSError:  # nothing more, or the interface went down: that is told once and over
+            break
+        if address[2] != _PACKET_OUTGOING:
+            found.append(frame)
+    return found
+
+
+def main() -> None:
+    """`impair_stage CONFIG COUNTERS NOTIFY_FD`: both files as impair.py makes them."""
+    config, shared, notify = sys.argv[1:]
+    directions = json.loads(Path(config).read_text())
+    sockets = {name: _open(name) for name in {direction["source"] for direction in directions}}
+    lanes = [
+        _Lane(
+            Direction(Impairment(**direction["impairment"]), direction["label"]),
+            sockets[direction["source"]],
+            sockets[direction["target"]],
+        )
+        for direction in directions
+    ]
+    with Path(shared).open("r+b") as file:
+        counters = mmap.mmap(file.fileno(), 0)
+    os.write(int(notify), b"\n")
+    _carry(lanes, counters)
+
+
+if __name__ == "__main__":
+    main()

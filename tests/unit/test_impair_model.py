@@ -1,0 +1,81 @@
+"""What becomes of frames on an impaired link, without a link."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from testbed.impair_model import Departure, Direction
+from testbed.topology import Impairment
+
+FRAMES = [bytes(14) + bytes([number]) * 86 for number in range(200)]
+EVERYTHING = Impairment(delay=0.02, jitter=0.01, loss=0.2, duplicate=0.2, reorder=0.2, corrupt=0.2)
+
+
+def sent(impairment: Impairment, label: str = "a:eth0", gap: float = 0.001) -> list[list[Departure]]:
+    """What leaves for each of the frames, sent at even times."""
+    direction = Direction(impairment, label)
+    return [direction.departures(number * gap, frame) for number, frame in enumerate(FRAMES)]
+
+
+def test_the_same_seed_gives_each_frame_the_same_fate() -> None:
+    assert sent(EVERYTHING) == sent(EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("other", "label"),
+    [
+        pytest.param(replace(EVERYTHING, seed=1), "a:eth0", id="another seed"),
+        pytest.param(EVERYTHING, "b:eth0", id="the other direction"),
+    ],
+)
+def test_other_seeds_and_directions_choose_otherwise(other: Impairment, label: str) -> None:
+    assert sent(other, label) != sent(EVERYTHING)
+
+
+def test_which_frames_are_lost_does_not_depend_on_what_else_happens_to_them() -> None:
+    only_loss = Impairment(loss=0.2)
+    assert [not gone for gone in sent(EVERYTHING)] == [not gone for gone in sent(only_loss)]
+
+
+@given(delay=st.floats(0, 1), rate=st.none() | st.integers(10_000_000, 10**9))
+@settings(max_examples=30, deadline=None)
+def test_with_delay_and_rate_only_all_arrives_whole_and_in_order(delay: float, rate: int | None) -> None:
+    departures = [each for frame in sent(Impairment(delay=delay, rate=rate)) for each in frame]
+    assert [departure.frame for departure in departures] == FRAMES
+    assert sorted(departures, key=lambda departure: departure.when) == departures
+
+
+@given(st.binary(min_size=15, max_size=100))
+def test_corruption_flips_one_bit_behind_the_ethernet_header(frame: bytes) -> None:
+    (departure,) = Direction(Impairment(corrupt=1), "a:eth0").departures(0, frame)
+    changed = int.from_bytes(departure.frame, "big") ^ int.from_bytes(frame, "big")
+    assert changed.bit_count() == 1
+    assert departure.frame[:14] == frame[:14]
+
+
+def test_jitter_keeps_to_its_bounds() -> None:
+    delays = [frame[0].when - number * 0.001 for number, frame in enumerate(sent(Impairment(delay=0.02, jitter=0.005)))]
+    assert 0.015 <= min(delays) < 0.017
+    assert 0.023 < max(delays) <= 0.025
+
+
+def test_a_rate_spaces_frames_and_its_full_queue_drops_them() -> None:
+    direction = Direction(Impairment(rate=800_000), "a:eth0")  # 100 bytes take a millisecond
+    assert [direction.departures(0, frame)[0].when for frame in FRAMES[:3]] == pytest.approx([0.001, 0.002, 0.003])
+    assert sum(len(direction.departures(0, bytes(10_000))) for _ in range(100)) == 26  # of 256 KiB, 300 are taken
+    assert direction.counts.overflowed == 74
+
+
+def test_counts_tell_what_happened() -> None:
+    direction = Direction(EVERYTHING, "a:eth0")
+    out = [direction.departures(0, frame) for frame in FRAMES]
+    counts = direction.counts
+    assert counts.seen == len(FRAMES)
+    assert counts.lost == sum(not frame for frame in out)
+    assert counts.duplicated == sum(len(frame) == 2 for frame in out)
+    assert counts.reordered == sum(frame[0].when == 0 for frame in out if frame)
+    assert counts.corrupted == sum(frame[0].frame != FRAMES[at] for at, frame in enumerate(out) if frame)
