@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, assert_never
 
 from testbed.impair import WIRE, is_impaired, stage_ends
@@ -133,7 +133,7 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
         case MakeBridge(node):
             return f"{node}: bridge {BRIDGE}"
         case MakeLink(left, right, mtu):
-            return f"{left.node}: link {left.interface} to {right.label}, MTU {mtu}"
+            return f"{left.node}: link {left.interface} to {right.label}, MTU {mtu}{_impaired(left)}{_impaired(right)}"
         case StopOffload(node, interface):
             return f"{node}: no offload on {interface}"
         case JoinBridge(node, interface):
@@ -152,6 +152,14 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
             return f"{node}: {' '.join(command)} with {len(text.splitlines())} lines of the user's"
         case _:
             assert_never(operation)
+
+
+def _impaired(end: End) -> str:
+    """What the stage is to do to what an end sends; without a word of what it does not do."""
+    if end.impair is None:
+        return ""
+    done = " ".join(f"{key}={value:g}" for key, value in asdict(end.impair).items() if value)
+    return f", user-space stage for what {end.label} sends: {done}"
 
 
 def _listed(settings: Sequence[tuple[str, str]]) -> str:

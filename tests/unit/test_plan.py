@@ -19,6 +19,7 @@ from testbed.plan import (
     SetUp,
     StopOffload,
     WaitReady,
+    describe,
     plan,
 )
 from testbed.routes import routes
@@ -172,3 +173,12 @@ def test_routes_are_added_after_addresses_and_interfaces() -> None:
     of_first = [operation for operation in made if getattr(operation, "node", None) == "n0"]
     route = next(at for at, operation in enumerate(of_first) if isinstance(operation, AddRoute))
     assert all(isinstance(operation, AddRoute | WaitReady) for operation in of_first[route:])
+
+
+def test_an_impaired_link_is_two_with_the_stage_between() -> None:
+    text = "name: pair\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: {loss: 5%}}, {node: b}]}]"
+    links = [describe(operation) for operation in plan(loads(text)) if isinstance(operation, MakeLink)]
+    assert links == [
+        "a: link eth0 to (wire):l0, MTU 1500, user-space stage for what a:eth0 sends: loss=0.05",
+        "(wire): link r0 to b:eth0, MTU 1500",
+    ]
