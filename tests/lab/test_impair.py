@@ -81,11 +81,11 @@ def test_neighbours_are_found_over_ipv6() -> None:
 )
 def test_what_arrives_agrees_with_the_counters(impairment: str) -> None:
     with lab_of(impairment) as lab:
-        arrived = datagrams(lab, 200)
+        arrived = datagrams(lab, 120)  # twice that fits into the receiver's buffer
         counts = lab.impairments["a:eth0"]
     changed = counts.duplicated - counts.lost
-    assert abs(changed) > 30
-    assert abs(len(arrived) - 200 - changed) < 6  # a few frames are ARP, and some of those are lost or repeated too
+    assert abs(changed) > 20
+    assert abs(len(arrived) - 120 - changed) < 6  # a few frames are ARP, and some of those are lost or repeated too
 
 
 def test_the_same_frames_are_lost_as_the_seed_says() -> None:
