@@ -14,11 +14,9 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from nfq_engine import wire
-from nfq_engine.client import ControlError, Tproxy
+from nfq_engine import cli_watch
+from nfq_engine.cli_forms import ask, console, endpoint, flow, table
 from nfq_engine.core.packet import Protocol
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
 from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
@@ -37,15 +35,6 @@ Targets: TPROXY --on-port PORT [--on-ip ADDRESS], ACCEPT, DROP, RETURN, or a cha
 Exit codes: 0 done, 1 the engine refused or is not there, 2 wrong usage."""
 
 _as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def ask(request: wire.Message) -> wire.Message:
-    """Send one request to the engine; what it says no to ends the command."""
-    try:
-        with Tproxy() as tproxy:
-            return tproxy.call(request)
-    except (OSError, ControlError) as error:
-        raise click.ClickException(getattr(error, "strerror", None) or str(error)) from error
 
 
 @click.group(epilog=_RULES_HELP, context_settings={"help_option_names": ["--help"]})
@@ -83,14 +72,14 @@ def counters(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return
-    table = _table(("hook", "reason", "packets"))
+    listing = table(("hook", "reason", "packets"))
     for hook, reasons in values["hooks"].items():
         for reason, packets in reasons.items():
             if packets:
-                table.add_row(hook, reason, str(packets))
+                listing.add_row(hook, reason, str(packets))
     for why, packets in values["malformed"].items():
-        table.add_row("", f"malformed: {why}", str(packets))
-    _console().print(table)
+        listing.add_row("", f"malformed: {why}", str(packets))
+    console().print(listing)
     queue = values["queue"]
     click.echo(f"datapath: {values['datapath']}; sockrefs: {values['sockrefs']}; connections: {values['connections']}")
     click.echo(
@@ -160,24 +149,15 @@ def _proc_line(entry: dict[str, Any]) -> str:
     return f"{number:02x} {ends} {entry['flags_value']:08x} {entry['related']} {entry['sockets']} {entry['hashed']:.0f}"
 
 
-def _endpoint(value: dict[str, Any]) -> str:
-    address = f"[{value['address']}]" if ":" in value["address"] else value["address"]
-    return f"{address}:{value['port']}"
-
-
-def _flow(value: dict[str, Any]) -> str:
-    return f"{_endpoint(value['source'])} > {_endpoint(value['destination'])}"
-
-
 _Row = Callable[[dict[str, Any]], tuple[str, ...]]
 
 
 def _sockref_row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["protocol"],
-        _endpoint(entry["foreign"]),
-        _endpoint(entry["local"]),
-        _endpoint(entry["remote"]),
+        endpoint(entry["foreign"]),
+        endpoint(entry["local"]),
+        endpoint(entry["remote"]),
         "|".join(entry["flags"]),
         str(entry["related"]),
         str(entry["sockets"]),
@@ -190,9 +170,9 @@ def _connection_row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
         entry["protocol"],
         entry["state"],
-        _flow(entry["original"]),
-        _flow(entry["inside"]) if entry["is_mapped"] else "",
-        _flow(entry["reply"]),
+        flow(entry["original"]),
+        flow(entry["inside"]) if entry["is_mapped"] else "",
+        flow(entry["reply"]),
         f"{packets['original']} / {packets['reply']}",
         entry["rule"] or ("sockref" if entry["is_mapped"] else ""),
         f"{entry['expires_in']:.0f} s",
@@ -204,24 +184,14 @@ def _show(entries: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]
     if as_json:
         click.echo(json.dumps(entries, indent=2))
         return
-    table = _table(columns)
+    listing = table(columns)
     for entry in entries:
-        table.add_row(*row(entry))
-    _console().print(table)
+        listing.add_row(*row(entry))
+    console().print(listing)
 
 
-def _table(columns: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _console() -> Console:
-    """The terminal as it is; without one, lines as long as they need to be."""
-    if sys.stdout.isatty():
-        return Console(markup=False)
-    return Console(width=400, highlight=False, markup=False)
+for _command in (cli_watch.monitor, cli_watch.trace, cli_watch.top):
+    commands.add_command(_command)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from struct import Struct
 from types import TracebackType
 from typing import Any, Final, Self
@@ -192,6 +193,15 @@ class Tproxy:
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._socket.fileno(), _READ)
         return self._socket.recv(_READ)
+
+    def events(self) -> Iterator[wire.Message]:
+        """After a call that listens (`monitor`, `trace`): wait for one event after the other.
+
+        ConnectionError when the engine ends. The connection is of no other use any more.
+        """
+        self._socket.settimeout(None)
+        while True:
+            yield wire.decode(self._line())
 
     def _line(self) -> bytes:
         """One line from the engine."""

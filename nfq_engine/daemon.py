@@ -118,7 +118,7 @@ class Daemon:
         now = time.monotonic()
         next_tick = now + _TICK
         while not self._is_stopping:
-            waiting = [client for client in self._control.clients if client.has_request]
+            waiting = [client for client in self._control.clients if client.has_work]
             is_awake = bool(waiting) or now < self._answered + _MOMENT
             for key, _ in self._selector.select(0.0 if is_awake else max(0.0, next_tick - now)):
                 key.data()
@@ -176,6 +176,7 @@ class Daemon:
         else:
             self._selector.unregister(client)
             self._control.drop(client)
+            self._answers.publisher.forget(client.caller)
 
     def _answer(self, caller: Caller, request: wire.Message, descriptor: int | None) -> wire.Message:
         """Answer a request; what it changed is in effect before the caller is told."""

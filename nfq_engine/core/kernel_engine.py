@@ -47,6 +47,13 @@ class Mapping:
     flow: FlowTuple
     to: Endpoint
 
+    @property
+    def after(self) -> FlowTuple:
+        """The packet's tuple when the kernel has done it."""
+        if self.stage is Stage.DESTINATION:
+            return FlowTuple(self.flow.protocol, self.flow.source, self.to)
+        return FlowTuple(self.flow.protocol, self.to, self.flow.destination)
+
 
 @dataclass(frozen=True, slots=True)
 class FirstDecision:
@@ -129,6 +136,10 @@ class KernelEngine(TproxyTable):
         """The sockrefs on whose word an entry was made; none when a rule redirected it."""
         connection, _ = self._reported.get(tracked.original, (None, None))
         return connection.sockrefs if connection is not None else ()
+
+    def waiting(self, stage: Stage, flow: FlowTuple) -> Connection | None:
+        """The connection decided on at a stage that conntrack has not reported yet."""
+        return self._waiting.get((stage, flow))
 
     def resynchronise(self) -> None:
         """Reports were lost: compare with what conntrack has now."""

@@ -29,6 +29,7 @@ from nfq_engine.core.conntrack import (
     event_of,
 )
 from nfq_engine.core.decision import Decision, Reason, Verdict
+from nfq_engine.core.events import Event
 from nfq_engine.core.hotpath import HotPath
 from nfq_engine.core.nat import Allocator, Choice, PortRange, Taken
 from nfq_engine.core.one_way import Listener
@@ -83,6 +84,7 @@ class Engine(TproxyTable):
         self.connections.delete(connection)
         self.unrelate(connection)
         self.on_delete(connection)
+        self.observe(Event.DELETED, connection)
 
     def delete_related(self, sockref: Sockref) -> None:
         """Delete the connections that a sockref's mappings made; the next packet of each is looked up afresh."""
@@ -174,7 +176,9 @@ class Engine(TproxyTable):
         choice = self.allocator.destination(flow, flow.destination, may_displace=may_displace, may_move=False)
         if isinstance(choice, Taken):
             return not_mapped(choice, flow, flow.destination)
-        return self._decide_source(arrival, segment, self._enter(flow, choice, arrival.now))
+        connection = self._enter(flow, choice, arrival.now)
+        self.observe(Event.NEW, connection)
+        return self._decide_source(arrival, segment, connection)
 
     def _is_for_one_way(self, flow: FlowTuple) -> bool:
         """Is it a datagram of this host's own that OUTPUT has translated by itself, and that nobody maps here?"""
@@ -207,6 +211,9 @@ class Engine(TproxyTable):
         connection.is_marked = target.is_marked
         if sockref is not None:
             self.relate(sockref, connection)
+        self.observe(Event.NEW, connection)
+        if connection.inside != flow:
+            self.observe(Event.MAPPED, connection)
         entry = connection.entries[Stage.DESTINATION, Direction.ORIGINAL]
         self._account(entry, arrival, segment, Stage.DESTINATION)
         return self._rewritten(target.reason, arrival, segment, entry)
@@ -243,6 +250,8 @@ class Engine(TproxyTable):
             connection.is_marked = True
             self.relate(sockref, connection)
         self.on_complete(connection)
+        if final != inside:
+            self.observe(Event.MAPPED, connection)
         entry = connection.entries[Stage.SOURCE, Direction.ORIGINAL]
         self._account(entry, arrival, segment, Stage.SOURCE)
         return self._rewritten(reason, arrival, segment, entry)

@@ -12,6 +12,7 @@ import errno
 from dataclasses import dataclass
 from typing import Final
 
+from nfq_engine.core.events import Event
 from nfq_engine.core.one_way import Listener
 from nfq_engine.core.option import (
     SHORTEST,
@@ -107,6 +108,7 @@ class SocketApi:
         sockref = self._sockrefs.leave(cookie)
         if sockref is None:
             return errno.ENOENT
+        self._table.observe(Event.UNASSIGN, sockref)
         if sockref.cookies:
             return 0  # others still share the mark-only entry
         is_listener = sockref.has(Flag.LISTEN | Flag.ESTABLISHED)
@@ -156,6 +158,7 @@ class SocketApi:
         shared = next((entry for entry in present if entry.has(Flag.MARK_ONLY)), None)
         if shared is not None:
             self._sockrefs.share(shared, socket.cookie)
+            self._table.observe(Event.ASSIGN, shared)
         elif present:
             return errno.EEXIST
         else:
@@ -165,18 +168,18 @@ class SocketApi:
     def _add(self, socket: Socket, foreign: Endpoint, flags: Flag, now: float) -> None:
         """Hash a new sockref of a socket."""
         nobody = Endpoint(bytes(len(socket.local.address)), 0)
-        self._sockrefs.add(
-            Sockref(
-                protocol=socket.protocol,
-                local=socket.local,
-                foreign=foreign,
-                remote=nobody,
-                cookies={socket.cookie},
-                hashed=now,
-                flags=flags,
-                owner=socket.owner,
-            )
+        sockref = Sockref(
+            protocol=socket.protocol,
+            local=socket.local,
+            foreign=foreign,
+            remote=nobody,
+            cookies={socket.cookie},
+            hashed=now,
+            flags=flags,
+            owner=socket.owner,
         )
+        self._sockrefs.add(sockref)
+        self._table.observe(Event.ASSIGN, sockref)
 
     def _set_flags(self, socket: Socket, wanted: int, now: float) -> int:
         """Say what the sockref is for; connections it made so far are looked up afresh."""

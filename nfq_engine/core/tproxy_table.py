@@ -15,6 +15,7 @@ from typing import Final, assert_never
 from nfq_engine.core import ruleset
 from nfq_engine.core.conntrack import Connection
 from nfq_engine.core.decision import Counters, Decision, Reason, Verdict
+from nfq_engine.core.events import Observer, unobserved
 from nfq_engine.core.nat import PortRange, Taken
 from nfq_engine.core.one_way import Listener, Listeners, Origins, digest_of, payload_of
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol, Segment
@@ -72,6 +73,7 @@ class TproxyTable(ABC):
         self.origins = Origins()
         self.ruleset = Ruleset(chance)
         self.counters = Counters()
+        self.observe: Observer = unobserved
         self.chance = chance
         self.ports = ports
         self._interfaces = interfaces

@@ -21,6 +21,7 @@ from nfq_engine.shell import sockets
 from nfq_engine.shell.control import Caller
 from nfq_engine.shell.datapath import Datapath
 from nfq_engine.shell.forms import endpoint_from, listener_form, number_from, sockref_form
+from nfq_engine.shell.publisher import Publisher
 from nfq_engine.shell.supervisor_caller import user_namespaces_over_network
 
 log: Final = logging.getLogger("tproxyd")
@@ -43,6 +44,7 @@ class Answers:
         self.socket_api = SocketApi(datapath.table)
         self._settle = settle
         self._status = status
+        self.publisher = Publisher(datapath)
         self._namespace = sockets.own_namespace()
         self._administrators = user_namespaces_over_network()
 
@@ -127,10 +129,7 @@ class Answers:
 
     def _rules(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)
-        arguments = request["arguments"]
-        if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
-            raise TypeError("arguments is a list of strings")
-        return {"output": self._table.ruleset.apply(parse_command(arguments))}
+        return {"output": self._table.ruleset.apply(parse_command(_arguments(request)))}
 
     def _save(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)
@@ -165,9 +164,30 @@ class Answers:
                 "malformed": dict(counters.malformed),
                 "connections": self._datapath.connection_count(),
                 "sockrefs": len(self._table.sockrefs) + len(self._table.listeners),
+                "watchers": len(self.publisher),
                 **self._status(),
             }
         }
+
+    # Listening: events follow the reply.
+
+    def _monitor(self, caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
+        self._require_privilege(caller)
+        self.publisher.monitor(caller)
+        return {"datapath": self._status()["datapath"]}
+
+    def _trace(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
+        self._require_privilege(caller)
+        self.publisher.trace(caller, _arguments(request))
+        return {"datapath": self._status()["datapath"]}
+
+
+def _arguments(request: wire.Message) -> list[str]:
+    """A request's words as iptables would be given them; TypeError when they are none."""
+    arguments = request["arguments"]
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+        raise TypeError("arguments is a list of strings")
+    return arguments
 
 
 _CALLS: dict[str, _Handler] = {
@@ -180,4 +200,6 @@ _CALLS: dict[str, _Handler] = {
     "sockrefs": Answers._sockrefs,
     "connections": Answers._connections,
     "counters": Answers._counters,
+    "monitor": Answers._monitor,
+    "trace": Answers._trace,
 }

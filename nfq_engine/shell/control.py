@@ -24,6 +24,7 @@ from nfq_engine import wire
 _MOST_CLIENTS: Final = 512
 _OWN_DESCRIPTORS: Final = 128  # that the rest of the engine may need
 _READ: Final = 1 << 16
+_LARGEST_OUTBOX: Final = 1 << 20  # bytes of events
 _MOST_DESCRIPTORS: Final = 16
 _CREDENTIALS: Final = struct.Struct("=3i")
 
@@ -34,6 +35,7 @@ class Caller:
 
     pid: int
     uid: int
+    deliver: Callable[[bytes], bool]  # puts a line into its outbox; False when that is full
 
 
 Answer = Callable[[Caller, wire.Message, int | None], wire.Message]
@@ -47,19 +49,20 @@ class Client:
         self._answer = answer
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
-        self.caller = Caller(pid, uid)
+        self.caller = Caller(pid, uid, self._push)
         self._received = bytearray()
         self._descriptors: deque[int] = deque()
-        self._unsent = b""
+        self._unsent = bytearray()
+        self._is_blocked = False  # it does not read what was sent
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
         return self._connection.fileno()
 
     @property
-    def has_request(self) -> bool:
-        """Is there a whole request that waits for its turn?"""
-        return not self._unsent and b"\n" in self._received
+    def has_work(self) -> bool:
+        """Is there something to do without waiting: to send what is new, or a whole request?"""
+        return not self._is_blocked if self._unsent else b"\n" in self._received
 
     @property
     def wants_to_write(self) -> bool:
@@ -70,8 +73,8 @@ class Client:
         """Do what can be done now without waiting, one request at the most; False when the client is finished."""
         try:
             if self._unsent:
-                self._unsent = self._unsent[self._connection.send(self._unsent) :]
-            elif self.has_request or self._receive():
+                self._send()
+            elif self.has_work or self._receive():
                 self._next_request()
             else:
                 return False
@@ -104,9 +107,24 @@ class Client:
         if not newline:
             return
         self._received = rest
-        reply = self._reply(bytes(line))
-        self._unsent = wire.encode(reply)
-        self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        self._unsent[:0] = wire.encode(self._reply(bytes(line)))  # before the events that it asked for
+        self._send()
+
+    def _push(self, line: bytes) -> bool:
+        """Put an event into the outbox; False when there is no room."""
+        if len(self._unsent) > _LARGEST_OUTBOX:
+            return False
+        self._unsent += line
+        return True
+
+    def _send(self) -> None:
+        """Send as much of the outbox as goes."""
+        try:
+            sent = self._connection.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        del self._unsent[:sent]
+        self._is_blocked = bool(self._unsent)
 
     def _reply(self, line: bytes) -> wire.Message:
         """The reply to one line; the descriptor that belongs to it is closed in any case."""

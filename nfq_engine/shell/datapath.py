@@ -10,9 +10,11 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nfq_engine import wire
+from nfq_engine.core.conntrack import Connection
 from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.packet import FlowTuple, Hook, claimed_length
 from nfq_engine.core.rule_values import Owner
@@ -24,6 +26,19 @@ from nfq_engine.shell.queue import CUT, LARGEST_COPY, QueuedPacket
 log: Final = logging.getLogger("tproxyd")
 
 _DROPS_LOGGED: Final = 20  # a tick, so that a flood of bad packets is no flood of lines
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A packet at a hook and its verdict. `after` is its tuple afterwards, when the kernel is to rewrite it."""
+
+    hook: Hook
+    in_interface: str
+    out_interface: str
+    mark: int
+    data: bytes
+    decision: Decision
+    after: FlowTuple | None = None
 
 
 class Source(Protocol):
@@ -46,6 +61,8 @@ class Datapath(ABC):
         # The queue's: have a packet handled again, whole; and whose socket sent the packet that is being handled.
         self.handle_whole: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
         self.owner: Callable[[], Owner | None] = lambda: None
+        self.on_packet: Callable[[Seen], None] | None = None  # is told of packets that are dropped, if nothing else
+        self.is_traced = False  # and of all others too
         self._interfaces = interfaces
         self._mark = mark
         self._drops_to_log = _DROPS_LOGGED
@@ -94,6 +111,10 @@ class Datapath(ABC):
     def original(self, inside: FlowTuple) -> FlowTuple | None:
         """How the mapped connection arrived that a local socket sees as `inside`; None: there is no such."""
 
+    @abstractmethod
+    def connection_of(self, hook: Hook, flow: FlowTuple) -> Connection | None:
+        """The connection that a packet with this tuple belongs to, as far as it is known here who mapped it."""
+
     # What both do.
 
     def _is_for_later(self, packet: QueuedPacket, data: bytes) -> bool:
@@ -121,6 +142,14 @@ class Datapath(ABC):
         """The decision after an error of ours, whatever it is: the packet is dropped, none may get stuck."""
         log.exception("a packet at %s was dropped: %s", hook.name, data[:64].hex())
         return Decision(Verdict.DROP, Reason.FAULT)
+
+    def _show(
+        self, packet: QueuedPacket, hook: Hook, data: bytes, decision: Decision, after: FlowTuple | None = None
+    ) -> None:
+        """Tell who wants to know of a packet and its verdict."""
+        if self.on_packet is not None and (self.is_traced or decision.verdict is Verdict.DROP):
+            in_interface, out_interface = self._interfaces.name(packet.indev), self._interfaces.name(packet.outdev)
+            self.on_packet(Seen(hook, in_interface, out_interface, packet.get_mark(), data, decision, after))
 
     def _give(self, packet: QueuedPacket, hook: Hook, decision: Decision) -> None:
         """Give a packet the verdict that was decided."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from nfq_engine import wire
 from nfq_engine.core.conntrack import Connection, Direction, Stage
-from nfq_engine.core.decision import Reason
+from nfq_engine.core.decision import Decision, Reason, Verdict
 from nfq_engine.core.packet import FlowTuple, Hook
 from nfq_engine.core.pipeline import Engine
 from nfq_engine.shell import divert
@@ -23,6 +23,7 @@ from nfq_engine.shell.queue import QueuedPacket, SliceOver
 from nfq_engine.shell.untouched import Untouched
 
 _clock: Final = time.monotonic
+_PASSED: Final = Decision(Verdict.ACCEPT, Reason.ESTABLISHED)
 _STAGES: Final = tuple(int(Stage.at(hook)) for hook in Hook)
 
 
@@ -54,9 +55,13 @@ class InlineDatapath(Datapath):
                 decide(packet, data)
             elif translated is data:
                 all_passed[hook] += 1
+                if self.is_traced:
+                    self._show(packet, Hook(hook), data, _PASSED)
                 packet.accept()
             else:
                 all_translated[hook] += 1
+                if self.is_traced:
+                    self._show(packet, Hook(hook), data, Decision(Verdict.ACCEPT, Reason.TRANSLATED, translated))
                 packet.set_payload(translated)
                 packet.accept()
             if clock() > self.slice_end:
@@ -101,6 +106,11 @@ class InlineDatapath(Datapath):
             return None
         return entry.connection.original
 
+    def connection_of(self, hook: Hook, flow: FlowTuple) -> Connection | None:
+        """From the engine's own table."""
+        entry = self._engine.connections.find(Stage.at(hook), flow)
+        return entry.connection if entry is not None else None
+
     def _decide(self, packet: QueuedPacket, data: bytes) -> None:
         """The slow path."""
         if self._is_for_later(packet, data):
@@ -111,6 +121,7 @@ class InlineDatapath(Datapath):
         except Exception:
             decision = self._fault(hook, data)
             self._engine.counters.count(hook, decision.reason)
+        self._show(packet, hook, data, decision)
         self._give(packet, hook, decision)
 
 

@@ -21,6 +21,7 @@ from typing import Final
 from nfq_engine import wire
 from nfq_engine.core.conntrack import Connection, Stage
 from nfq_engine.core.decision import Decision, Reason, Verdict
+from nfq_engine.core.events import Event, unobserved
 from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.tracked import Tracked, Traffic
@@ -39,7 +40,7 @@ _REASONS: Final = {errno.ENFILE: Reason.MAP_FULL}
 _COUNTING: Final = 0.01  # how much of the time may go into counting connections, for whoever asks again and again
 _PAIR4: Final = 2 * (4 + 4)  # bytes of two IPv4 endpoints in a key
 
-_Held = tuple[QueuedPacket, Hook, Decision, Mapping, Key | None]  # the key: its element is for others as well
+_Held = tuple[QueuedPacket, Hook, bytes, Decision, Mapping, Key | None]  # the key: its element is for others as well
 
 
 class KernelDatapath(Datapath):
@@ -76,7 +77,7 @@ class KernelDatapath(Datapath):
             return
         failure = self._put(held)
         for each in held:
-            packet, hook, decision, mapping, _ = each
+            packet, hook, data, decision, mapping, _ = each
             # One that is refused takes all of its transaction with it, so each gets another try by itself.
             problem = self._put([each]) if failure and len(held) > 1 else failure
             if problem:
@@ -84,6 +85,7 @@ class KernelDatapath(Datapath):
                     Verdict.DROP, _REASONS.get(problem, Reason.MAP_REFUSED), detail=f"{mapping.flow} to {mapping.to}"
                 )
             self._engine.counters.count(hook, decision.reason)
+            self._show(packet, hook, data, decision, mapping.after)
             self._give(packet, hook, decision)
         self._redirects.release()
 
@@ -100,7 +102,7 @@ class KernelDatapath(Datapath):
         """Divert what sockrefs and rules could want now."""
         if self._gone:
             self._untrack()
-        self._news.listen(wanted=self._engine.awaits_reports)
+        self._news.listen(wanted=self._engine.awaits_reports or self._engine.observe is not unobserved)
         if self._engine.ruleset.chains is not self._chains:
             self._chains = self._engine.ruleset.chains
             self._redirects.clear()
@@ -139,6 +141,10 @@ class KernelDatapath(Datapath):
             return None
         return entry.original
 
+    def connection_of(self, hook: Hook, flow: FlowTuple) -> Connection | None:
+        """From the decisions whose connections conntrack has not reported yet."""
+        return self._engine.waiting(Stage.at(hook), flow)
+
     def _handle(self, packet: QueuedPacket) -> None:
         data = packet.get_payload()
         if not self._pass_known(packet, data):
@@ -148,7 +154,7 @@ class KernelDatapath(Datapath):
 
     def _pass_known(self, packet: QueuedPacket, data: bytes) -> bool:
         """Let a packet go whose like has been redirected before, if the map leads it there already."""
-        if packet.hook != Hook.PREROUTING:
+        if packet.hook != Hook.PREROUTING or self.is_traced:
             return False
         known = self._engine.recall(self._interfaces.name(packet.indev), data)
         if known is None:
@@ -170,11 +176,11 @@ class KernelDatapath(Datapath):
         except Exception:
             first = FirstDecision(self._fault(hook, data))
         if first.mapping is not None:
-            self._map(packet, hook, first.decision, first.mapping)
+            self._map(packet, hook, data, first.decision, first.mapping)
         else:
-            self._leave(packet, hook, first)
+            self._leave(packet, hook, data, first)
 
-    def _map(self, packet: QueuedPacket, hook: Hook, decision: Decision, mapping: Mapping) -> None:
+    def _map(self, packet: QueuedPacket, hook: Hook, data: bytes, decision: Decision, mapping: Mapping) -> None:
         """Hold a packet back until its mapping is in place, unless it is already."""
         key = None
         is_redirect = decision.reason is Reason.REDIRECT and hook is Hook.PREROUTING
@@ -183,13 +189,14 @@ class KernelDatapath(Datapath):
             if self._redirects.lead(key, mapping.to):
                 self._clear()  # or the packet would find what another one with its tuple left
                 self._engine.counters.count(hook, decision.reason)
+                self._show(packet, hook, data, decision, mapping.after)
                 self._give(packet, hook, decision)
                 return
             if not self._redirects.claim(key, mapping.to):
                 key = None
-        self._held.append((packet, hook, decision, mapping, key))
+        self._held.append((packet, hook, data, decision, mapping, key))
 
-    def _leave(self, packet: QueuedPacket, hook: Hook, first: FirstDecision) -> None:
+    def _leave(self, packet: QueuedPacket, hook: Hook, data: bytes, first: FirstDecision) -> None:
         """Let a packet go that is not to be mapped, and see to it that the nat chain finds nothing for it."""
         decision = first.decision
         if first.flow is not None and (decision.is_marked or packet.get_mark() & self._mark):
@@ -199,6 +206,7 @@ class KernelDatapath(Datapath):
             if hook is Hook.PREROUTING and not self._redirects.keep_away(key):
                 decision = Decision(Verdict.DROP, Reason.MAP_REFUSED, detail=f"{first.flow} as it is")
         self._engine.counters.count(hook, decision.reason)
+        self._show(packet, hook, data, decision)
         self._give(packet, hook, decision)
         if first.of is not None and first.flow is not None:
             self._track(first.flow)
@@ -208,7 +216,11 @@ class KernelDatapath(Datapath):
         for report in reports:
             if report.is_new:
                 self._engine.appeared(report.entry)
+                self._engine.observe(Event.NEW, report.entry)
+                if report.entry.is_mapped:
+                    self._engine.observe(Event.MAPPED, report.entry)
             else:
+                self._engine.observe(Event.DELETED, report.entry)
                 self._engine.went(report.entry)
         if not is_complete:
             log.warning("reports of conntrack were lost: comparing with all that it has")

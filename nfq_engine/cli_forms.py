@@ -1,0 +1,60 @@
+"""What tproxyctl's commands share: asking the engine, addresses as text, tables.
+
+Owns: how an endpoint looks and how a listing fits a terminal or a file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from nfq_engine import wire
+from nfq_engine.client import ControlError, Tproxy
+
+
+@contextmanager
+def engine() -> Iterator[Tproxy]:
+    """The engine; that there is none, or that it says no, ends the command."""
+    try:
+        with Tproxy() as tproxy:
+            yield tproxy
+    except (OSError, ControlError) as error:
+        raise click.ClickException(getattr(error, "strerror", None) or str(error)) from error
+
+
+def ask(request: wire.Message) -> wire.Message:
+    """Send one request to the engine."""
+    with engine() as tproxy:
+        return tproxy.call(request)
+
+
+def endpoint(value: dict[str, Any]) -> str:
+    """An endpoint as text; an IPv6 address in brackets."""
+    address = f"[{value['address']}]" if ":" in value["address"] else value["address"]
+    return f"{address}:{value['port']}"
+
+
+def flow(value: dict[str, Any]) -> str:
+    """One direction of a connection as text."""
+    return f"{endpoint(value['source'])} > {endpoint(value['destination'])}"
+
+
+def table(columns: tuple[str, ...]) -> Table:
+    """A table without lines, to be filled."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def console() -> Console:
+    """The terminal as it is; without one, lines as long as they need to be."""
+    if sys.stdout.isatty():
+        return Console(markup=False)
+    return Console(width=400, highlight=False, markup=False)
