@@ -81,6 +81,9 @@ REDIRECTS: Final = 4096  # elements of a map `redirect`
 _LASTING: Final = f"size {REDIRECTS}"
 _PASSING: Final = "flags timeout; timeout 10s; size 65536"  # each is there for the packets of one turn
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
+# An ICMP error of this host's own about a first packet that it could not forward shares that packet's conntrack entry,
+# and the kernel does not queue such (nf_ct_drop_unconfirmed): unless it is about a mapped connection, it goes as it is.
+_OWN_ERROR: Final = f"meta l4proto {{ icmp, ipv6-icmp }} {_UNCONFIRMED}"
 _TUPLE: Final = "meta l4proto . {0} saddr . th sport . {0} daddr . th dport"
 _REDIRECT: Final = "meta iif . meta l4proto . th dport"
 _PAIR: Final = "{0} saddr . udp sport . {0} daddr . udp dport"
@@ -129,10 +132,12 @@ table inet {TABLE} {{
     }}
     chain output {{
         type filter hook output priority -300; policy accept;
+        {_OWN_ERROR} ct mark & {mark:#x} == 0 accept
         jump diverted
     }}
     chain postrouting {{
         type filter hook postrouting priority 300; policy accept;
+        {_OWN_ERROR} ct mark & {mark:#x} == 0 accept
         {_TUPLE.format("ip")} @{UNTOUCHED[0]} accept
         {_TUPLE.format("ip6")} @{UNTOUCHED[1]} accept
         jump diverted
@@ -283,7 +288,7 @@ def _sets_text() -> str:
     return text
 
 
-INLINE: Final = Layout("layout_inline_2", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
+INLINE: Final = Layout("layout_inline_3", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
 KERNEL: Final = Layout(
     "layout_kernel_3",
     tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),

@@ -32,7 +32,9 @@ from netfilterqueue import NetfilterQueue
 from nfq_engine.core.rule_values import Owner
 from nfq_engine.shell.identifiers import IdentifierMap
 
-CUT: Final = 4096 - 80  # bytes that the library copies at the most: a packet of this size may be longer
+# Bytes that the library copies at the most: a packet of this size may be longer. 160 bytes of headers and attributes
+# may stand before it, for one that is forwarded and carries a mark; a message that does not fit is never answered.
+CUT: Final = 4096 - 192
 _ATTRIBUTES: Final = 0x1000  # more than all that stands before the packet in a message
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
 _SOCKET_BUFFER: Final = 8 << 20
