@@ -23,6 +23,7 @@ from rich.table import Table
 from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
+from testbed.diagram import diagram
 from testbed.lab import Lab, LabError
 from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
@@ -35,6 +36,7 @@ _TROUBLE: Final = (TopologyError, BuildError, CaptureError, LabError, ServiceErr
 _EPILOG: Final = """\b
 Examples:
   testbed validate topologies/transparent-proxy.yaml
+  testbed diagram topologies/transparent-proxy.yaml -o lab.svg
   testbed up topologies/transparent-proxy.yaml
   testbed exec client -- python -m testbed.traffic fetch http://10.0.1.2/
   testbed exec gateway -- tproxyctl connections
@@ -90,6 +92,18 @@ def show_plan(file: Path, *, as_json: bool) -> None:
         return
     for operation in operations:
         click.echo(describe(operation))
+
+
+@main.command("diagram")
+@_file
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of standard output.")
+def draw(file: Path, output: Path | None) -> None:
+    """Draw a topology as SVG, without building it."""
+    picture = diagram(load(file))
+    if output is None:
+        click.echo(picture, nl=False)
+    else:
+        output.write_text(picture)
 
 
 @main.command()
