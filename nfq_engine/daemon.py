@@ -76,6 +76,7 @@ def _make_datapath(settings: Settings, interfaces: HostInterfaces) -> Datapath:
         case DatapathKind.KERNEL:
             conntrack = KernelConntrack(settings.mark)
             engine = KernelEngine(interfaces, chance, ports, conntrack, settings.deletion)
+            engine.adopt()
             return KernelDatapath(engine, interfaces, conntrack, settings.mark)
         case _:
             assert_never(settings.datapath)

@@ -173,6 +173,12 @@ class KernelEngine(TproxyTable):
         for connection in related:
             self._forget(connection)
 
+    def adopt(self) -> None:
+        """Know of the redirects that an earlier engine has left in conntrack."""
+        for entry in self._conntrack.ours():
+            if entry.original.protocol is Protocol.UDP and entry.is_mapped:
+                self.redirected.add(entry.inside.destination)
+
     def delete_redirects(self, listener: Listener) -> None:
         """Delete the connections that rules redirected to what is now a one-way listener."""
         self._conntrack.delete(

@@ -80,6 +80,28 @@ class Listeners:
         return any(listener.hears(endpoint) for listener in self._by_port.get(endpoint.port, {}).values())
 
 
+class Redirected:
+    """The local endpoints to which rules have sent UDP connections.
+
+    Anybody may become a one-way listener, again and again, and a walk through all connections takes its time: so there
+    is one only where a rule has sent connections since the last.
+    """
+
+    def __init__(self) -> None:
+        self._by_port: dict[int, set[Endpoint]] = {}
+
+    def add(self, endpoint: Endpoint) -> None:
+        """A connection was sent there."""
+        self._by_port.setdefault(endpoint.port, set()).add(endpoint)
+
+    def take(self, listener: Listener) -> bool:
+        """Were connections sent to what a listener hears? They are no longer known afterwards."""
+        there = self._by_port.get(listener.local.port, set())
+        heard = {endpoint for endpoint in there if listener.hears(endpoint)}
+        there -= heard
+        return bool(heard)
+
+
 def digest_of(payload: bytes) -> int:
     """What tells the datagrams apart that one socket got from one peer."""
     return zlib.crc32(payload)

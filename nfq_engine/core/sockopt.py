@@ -205,7 +205,8 @@ class SocketApi:
             return errno.ENOENT
         if socket.cookie not in self._table.listeners:
             listener = Listener(socket.cookie, socket.local, socket.takes_ipv4, socket.owner, now)
-            self._table.delete_redirects(listener)
+            if self._table.redirected.take(listener):
+                self._table.delete_redirects(listener)
             self._table.listeners.add(listener)
         return 0
 

@@ -17,7 +17,7 @@ from nfq_engine.core.conntrack import Connection
 from nfq_engine.core.decision import Counters, Decision, Reason, Verdict
 from nfq_engine.core.events import Observer, unobserved
 from nfq_engine.core.nat import PortRange, Taken
-from nfq_engine.core.one_way import Listener, Listeners, Origins, digest_of, payload_of
+from nfq_engine.core.one_way import Listener, Listeners, Origins, Redirected, digest_of, payload_of
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol, Segment
 from nfq_engine.core.rewrite import Rewrite, patch_segment
 from nfq_engine.core.rule_values import Owner
@@ -70,6 +70,7 @@ class TproxyTable(ABC):
     def __init__(self, interfaces: Interfaces, chance: Chance, ports: PortRange) -> None:
         self.sockrefs = SockrefTable()
         self.listeners = Listeners()
+        self.redirected = Redirected()
         self.origins = Origins()
         self.ruleset = Ruleset(chance)
         self.counters = Counters()
@@ -185,6 +186,8 @@ class TproxyTable(ABC):
             detail = f"{arrival.in_interface} has no address for {flow}"
             return Decision(Verdict.DROP, Reason.NO_INTERFACE_ADDRESS, detail=detail)
         to = Endpoint(address, verdict.on_port or flow.destination.port)
+        if flow.protocol is Protocol.UDP:
+            self.redirected.add(to)
         return Target(to, Reason.REDIRECT, rule=verdict.rule, is_marked=True)
 
 

@@ -34,6 +34,7 @@ class FakeConntrack:
 
     entries: list[Tracked] = field(default_factory=list)
     deleted: list[Tracked] = field(default_factory=list)
+    walks: int = 0
 
     def find(self, flow: FlowTuple) -> Tracked | None:
         return next((entry for entry in self.entries if flow in (entry.original, entry.reply)), None)
@@ -44,6 +45,7 @@ class FakeConntrack:
             self.entries.remove(entry)
 
     def ours(self, naming: bytes = b"") -> Sequence[Tracked]:
+        self.walks += 1
         return list(self.entries)
 
     def add(
@@ -222,8 +224,22 @@ def test_redirects_to_what_becomes_a_one_way_listener_are_deleted(
     conntrack.add(flow(CLIENT, FOREIGN), flow(CLIENT, Endpoint(PROXY.address, 1)))
     conntrack.add(flow(CLIENT, PROXY), flow(CLIENT, PROXY))
     conntrack.add(flow(CLIENT, SERVER, Protocol.TCP), flow(CLIENT, PROXY, Protocol.TCP))
+    engine.adopt()
     one_way(engine)
     assert conntrack.deleted == [redirected]
+
+
+def test_conntrack_is_walked_for_a_one_way_listener_only_where_a_rule_sent_datagrams(
+    engine: KernelEngine, conntrack: FakeConntrack
+) -> None:
+    one_way(engine)
+    assert conntrack.walks == 0
+    engine.listeners.discard(1)
+    decide(engine, Hook.PREROUTING, flow(CLIENT, SERVER))
+    for _ in range(2):
+        one_way(engine)
+        assert conntrack.walks == 1
+        engine.listeners.discard(1)
 
 
 def test_one_way_datagram_that_came_cut_is_dropped(engine: KernelEngine) -> None:
