@@ -28,6 +28,7 @@ from testbed.lab import Lab, LabError
 from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
+from testbed.report import write_report
 from testbed.topology import Topology
 from testbed.topology_file import TopologyError, load
 
@@ -43,6 +44,7 @@ Examples:
   testbed shell gateway
   testbed down transparent-proxy
   testbed run topologies/transparent-proxy.yaml --in client -- python -m testbed.traffic fetch http://10.0.1.2/
+  testbed run lab.yaml --report lab.html -- ./my-test.sh
 \b
 Exit codes: 0 done; 1 the lab or the file is not as it should be; 2 wrong usage;
 exec, shell and run end with the command's own."""
@@ -172,12 +174,15 @@ def shell(lab: str | None, node: str) -> None:
 @_file
 @_logs
 @click.option("--in", "node", help="Run the command in this node instead of here.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write what was seen to an HTML file.")
 @_command
-def run(file: Path, directory: Path | None, node: str | None, command: tuple[str, ...]) -> None:
+def run(file: Path, directory: Path | None, node: str | None, report: Path | None, command: tuple[str, ...]) -> None:
     """Build a lab, run a command while it lives, take it down: testbed run FILE [--in NODE] -- COMMAND..."""
     topology = load(file)
     if node is not None and node not in {known.name for known in topology.nodes}:
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {report.absolute().parent}", param_hint="--report")
     logs = _directory(topology, directory)
     click.echo(f"logs and captures: {logs}", err=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
@@ -188,6 +193,9 @@ def run(file: Path, directory: Path | None, node: str | None, command: tuple[str
             with lab[node].namespace.entered():
                 running = subprocess.Popen(command, env=environment())
             status = running.wait()
+        if report is not None:
+            write_report(lab, report)
+            click.echo(f"report: {report}", err=True)
     sys.exit(status if status >= 0 else 128 - status)
 
 

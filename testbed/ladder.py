@@ -24,9 +24,19 @@ from typing import Final
 
 from rich.text import Text
 
-from testbed.connections import Connection, Leg
-from testbed.frames import destination_of, ip_of, source_of
-from testbed.ladder_rows import Omission, Row, errors_at, notes_on, rows_of, shortened
+from testbed.connections import Connection
+from testbed.ladder_rows import (
+    Omission,
+    Row,
+    errors_at,
+    letter_of,
+    names_of,
+    notes_on,
+    points_of,
+    rows_of,
+    shortened,
+    title_of,
+)
 
 WIDTH: Final = 140
 
@@ -73,7 +83,7 @@ def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) ->
     """
     has_legs = len(connection.legs) > 1
     left = _TIME + 2 * has_legs + 2 + _PACKET
-    touched = _touched(connection, points)
+    touched = points_of(connection, points)
     shown = _that_fit(connection, touched, (width - left) // _NARROWEST)
     grid = _Grid(shown, left, (width - left) // max(len(shown), 1))
     lines = [*_title(connection, touched), *_heads(grid)]
@@ -89,11 +99,6 @@ def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) ->
     return Text("\n").join(lines)
 
 
-def _touched(connection: Connection, points: Sequence[str]) -> tuple[str, ...]:
-    seen = {point for _, journey in connection.journeys for point in journey.points}
-    return tuple(point for point in points if point in seen)
-
-
 def _that_fit(connection: Connection, points: tuple[str, ...], most: int) -> tuple[str, ...]:
     """Points for which there is room: the ends first, then those where something changed."""
     if len(points) <= most:
@@ -105,26 +110,11 @@ def _that_fit(connection: Connection, points: tuple[str, ...], most: int) -> tup
 
 
 def _title(connection: Connection, points: Sequence[str]) -> Iterator[Text]:
-    first = connection.legs[0]
-    amount = len(connection.journeys)
-    legs = f" in {len(connection.legs)} legs" if len(connection.legs) > 1 else ""
-    yield Text(
-        f"{first.protocol} {first.initiator} → {first.responder}: {amount} packet{'s' * (amount > 1)}{legs}", "bold"
-    )
+    yield Text(title_of(connection), "bold")
     for index, leg in enumerate(connection.legs):
-        for names, places in _names(leg, points).items():
-            mark = f"{_letter(index)} " if legs else ""
+        for names, places in names_of(leg, points).items():
+            mark = f"{letter_of(index)} " if len(connection.legs) > 1 else ""
             yield Text(f"  {mark}{names}  at {', '.join(places)}", _FAINT)
-
-
-def _names(leg: Leg, points: Sequence[str]) -> dict[str, list[str]]:
-    """What the ends of a leg are called, and where."""
-    names: dict[str, list[str]] = {}
-    shown = [hop for hop in leg.opening.hops if hop.point in points]
-    for hop in sorted(shown, key=lambda hop: points.index(hop.point)):
-        packet = ip_of(hop.frame)
-        names.setdefault(f"{source_of(packet)} → {destination_of(packet)}", []).append(hop.point)
-    return names
 
 
 def _heads(grid: _Grid) -> Iterator[Text]:
@@ -138,7 +128,7 @@ def _heads(grid: _Grid) -> Iterator[Text]:
 def _packet_lines(row: Row, grid: _Grid, start: int, has_legs: bool) -> Iterator[Text]:
     style = _FORWARD if row.is_forward else _BACK
     milliseconds = (row.journey.first.time_ns - start) / 1e6
-    leg = f"{_letter(row.leg)} " if has_legs else ""
+    leg = f"{letter_of(row.leg)} " if has_legs else ""
     text = f"{row.text}{' again' if row.is_repeated else ''}"
     text = text if len(text) < _PACKET else f"{text[: _PACKET - 2]}…"
     below = _note_lines(row, grid)  # first, since it gives the numbers that the line shows
@@ -228,15 +218,11 @@ def _broken(note: str, width: int) -> Iterator[str]:
 def _omission_line(omission: Omission, left: int, has_legs: bool) -> Text:
     parts = []
     for leg, is_forward, packets, size in omission.parts:
-        mark = f"{_letter(leg)} " if has_legs else ""
+        mark = f"{letter_of(leg)} " if has_legs else ""
         data = f" with {size:,} bytes" if size else ""
         parts.append(f"{mark}{'→' if is_forward else '←'} {packets}{data}")
     words = f"⋮ {omission.packets} more like these"
     return Text(f"{' ' * _TIME}{words.ljust(left - _TIME)}{'   '.join(parts)}", _FAINT)
-
-
-def _letter(leg: int) -> str:
-    return chr(ord("A") + leg % 26)
 
 
 def _node(point: str) -> str:

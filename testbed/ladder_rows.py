@@ -7,14 +7,14 @@ it as text, the report as HTML.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from testbed.changes import HOP_LIMITS, Change
 from testbed.checksums import checksum_errors
 from testbed.connections import Connection, Leg
-from testbed.frames import describe_content, flag_names, icmp_name
+from testbed.frames import describe_content, destination_of, flag_names, icmp_name, ip_of, source_of
 from testbed.headers import IpPacket, TcpHeader
 from testbed.trace import Hop, Journey
 
@@ -44,6 +44,35 @@ class Omission:
     def packets(self) -> int:
         """How many there are."""
         return sum(packets for _, _, packets, _ in self.parts)
+
+
+def title_of(connection: Connection) -> str:
+    """What a connection is called: `tcp 10.0.0.1:4000 → 10.0.0.2:80: 4 packets in 2 legs`."""
+    first = connection.legs[0]
+    amount = len(connection.journeys)
+    legs = f" in {len(connection.legs)} legs" if len(connection.legs) > 1 else ""
+    return f"{first.protocol} {first.initiator} → {first.responder}: {amount} packet{'s' * (amount > 1)}{legs}"
+
+
+def letter_of(leg: int) -> str:
+    """What the leg of an index is called where there are several."""
+    return chr(ord("A") + leg % 26)
+
+
+def points_of(connection: Connection, points: Sequence[str]) -> tuple[str, ...]:
+    """Those of the points by which a connection came, in their order."""
+    seen = {point for _, journey in connection.journeys for point in journey.points}
+    return tuple(point for point in points if point in seen)
+
+
+def names_of(leg: Leg, points: Sequence[str]) -> dict[str, list[str]]:
+    """What the ends of a leg are called, and where."""
+    names: dict[str, list[str]] = {}
+    shown = [hop for hop in leg.opening.hops if hop.point in points]
+    for hop in sorted(shown, key=lambda hop: points.index(hop.point)):
+        packet = ip_of(hop.frame)
+        names.setdefault(f"{source_of(packet)} → {destination_of(packet)}", []).append(hop.point)
+    return names
 
 
 def rows_of(connection: Connection) -> list[Row]:

@@ -1,0 +1,208 @@
+"""Reports of labs that ran, read as text and in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from engine_lab import FOREIGN, engine_lab
+
+from testbed.lab import Lab
+from testbed.report import write_report
+from testbed.topology import Readiness
+from testbed.topology_file import loads
+
+pytestmark = pytest.mark.lab
+
+ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+RULES = ("-A PREROUTING -p udp -m udp --dport 80 -j TPROXY --on-port 50080",)
+
+NAT = """
+name: translated
+nodes:
+  client:
+  gateway:
+    kind: router
+    nft: |
+      table ip nat {
+        chain out {
+          type nat hook postrouting priority srcnat
+          oifname "eth1" masquerade
+        }
+      }
+  server:
+links:
+  - ends: [{node: client}, {node: gateway}]
+  - ends: [{node: gateway}, {node: server}]
+"""
+
+
+class Page(HTMLParser):
+    """What a report consists of: its elements, and the text outside of scripts and styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.elements if found == tag]
+
+
+@pytest.fixture
+def proxied(tmp_path: Path) -> Iterator[Path]:
+    """The report of a datagram that went through the proxy on the gateway, and came back; all said is hostile."""
+    with engine_lab(tmp_path, RULES, "inline", capture=True) as lab:
+        words = ["sh", "-c", 'echo "$0"; exec sleep 60', HOSTILE]
+        lab.gateway.start("talker", words, Readiness(log="script"))
+        proxy = lab.bound(lab.gateway, socket.SOCK_DGRAM, "0.0.0.0", 50080)
+        client = lab.bound(lab.client, socket.SOCK_DGRAM, "0.0.0.0")
+        client.sendto(HOSTILE.encode(), (FOREIGN[4], 80))
+        data, sender = proxy.recvfrom(4096)
+        proxy.sendto(data, sender)
+        assert client.recvfrom(4096) == (HOSTILE.encode(), (FOREIGN[4], 80))
+        yield write_report(lab.lab, tmp_path / "report.html")
+
+
+@pytest.fixture
+def translated(tmp_path: Path) -> Path:
+    """The report of a datagram whose source the gateway changed."""
+    with Lab(loads(NAT), tmp_path) as lab:
+        server = lab["server"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        client = lab["client"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with server, client:
+            server.settimeout(3)
+            server.bind(("0.0.0.0", 53))
+            client.sendto(b"question", (lab["server"].address(), 53))
+            assert server.recv(64) == b"question"
+        return write_report(lab, tmp_path / "report.html", failure="the answer never came")
+
+
+def test_a_report_shows_topology_connections_decisions_and_logs_of_a_proxied_exchange(proxied: Path) -> None:
+    page = Page(proxied)
+    assert [node["data-node"] for node in page.all("g") if "data-node" in node] == ["client", "gateway", "server"]
+    assert re.search(r"udp 10\.0\.0\.1:\d+ → 198\.51\.100\.7:80: 2 packets", page.text)
+    for wanted in (
+        "client:eth0",
+        "gateway:eth0",
+        "PREROUTING",
+        "redirect",
+        "TPROXY --on-port 50080",
+        "gateway: talker",
+    ):
+        assert wanted in page.text
+    assert len([panel for panel in page.all("details") if (panel.get("id") or "").startswith("packet-")]) == 2
+    assert "###[ UDP ]###" in page.text
+    assert "cannot be had" not in page.text
+
+
+def test_what_came_over_the_wire_or_out_of_a_program_is_text_and_nothing_else(proxied: Path) -> None:
+    page = Page(proxied)
+    assert HOSTILE in page.text  # the log
+    assert len(page.all("script")) == 1
+    assert page.all("img") == []
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_a_report_needs_nothing_from_elsewhere(proxied: Path) -> None:
+    page = Page(proxied)
+    assert page.all("link") == []
+    targets = [
+        attributes[name] or "" for _, attributes in page.elements for name in ("src", "href") if name in attributes
+    ]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {target[1:] for target in targets} <= ids
+
+
+def test_what_changed_at_a_hop_is_marked_in_the_ladder_and_in_the_dissection(translated: Path) -> None:
+    text = translated.read_text()
+    assert '<span class="note">src 10.0.0.1→10.0.1.1</span>' in text
+    assert re.search(r"<mark>\s+src\s+= 10\.0\.1\.1</mark>", text)
+    assert not re.search(r"<mark>\s+(dst|len|version)\s", text)
+
+
+def test_a_report_of_a_failure_begins_with_it(translated: Path) -> None:
+    text = Page(translated).text
+    assert text.index("the answer never came") < text.index("Who talked to whom")
+
+
+def test_a_report_of_a_lab_that_has_ended_has_what_was_captured(tmp_path: Path) -> None:
+    with engine_lab(tmp_path, RULES, "inline", capture=True) as lab:
+        lab.open(lab.client, socket.SOCK_DGRAM).sendto(b"x", (FOREIGN[4], 81))
+        assert lab.lab.capture is not None
+        lab.lab.capture.wait(3, 3)
+    text = Page(write_report(lab.lab, tmp_path / "report.html")).text
+    assert "→ 198.51.100.7:81" in text
+    assert "cannot be had" in text
+
+
+def test_testbed_run_writes_a_report_also_when_its_command_fails(tmp_path: Path) -> None:
+    file, report = tmp_path / "lab.yaml", tmp_path / "lab.html"
+    file.write_text("name: small\nnodes: {a: , b: }\nlinks:\n  - ends: [{node: a}, {node: b}]\n")
+    words = ("run", file, "--directory", tmp_path, "--report", report, "--in", "a", "--", "bash", "-c")
+    command = [sys.executable, "-m", "testbed.cli", *map(str, words), "echo x > /dev/udp/10.0.0.2/9; exit 7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 7
+    assert f"report: {report}" in done.stderr
+    assert re.search(r"udp 10\.0\.0\.1:\d+ → 10\.0\.0\.2:9: 2 packets", Page(report).text)  # the other is the refusal
+
+
+def test_testbed_run_refuses_a_report_in_no_folder_before_it_builds_anything(tmp_path: Path) -> None:
+    file = tmp_path / "lab.yaml"
+    file.write_text("name: small\nnodes: {a: }\n")
+    words = ("run", file, "--report", tmp_path / "nowhere" / "lab.html", "--", "touch", tmp_path / "ran")
+    command = [sys.executable, "-m", "testbed.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "there is no folder" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- in a browser ----
+
+
+def browse(profile: Path, *words: str) -> str:
+    """Run Chromium without a window; what it prints."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("missing chromium: no browser to look at a report with")
+    flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet = "--disable-component-update --disable-sync --disable-extensions"
+    command = [chromium, *flags.split(), *quiet.split(), f"--user-data-dir={profile}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_in_a_browser_the_fragment_opens_its_packet_and_nothing_hostile_runs(proxied: Path, tmp_path: Path) -> None:
+    first, second = re.findall(r'id="(packet-\d+)"', proxied.read_text())
+    dom = browse(tmp_path / "profile", "--dump-dom", f"{proxied.as_uri()}#{second}")
+    assert re.search(rf'<details id="{second}" open', dom)
+    assert f'<details id="{first}">' in dom
+    assert "<title>engine: what the lab did</title>" in dom
+    ARTEFACTS.mkdir(exist_ok=True)
+    picture = ARTEFACTS / "report.png"
+    picture.unlink(missing_ok=True)
+    browse(tmp_path / "profile", f"--screenshot={picture}", "--window-size=1400,2400", f"{proxied.as_uri()}#{second}")
+    assert picture.stat().st_size > 10_000
