@@ -53,6 +53,19 @@ class Socket:
     owner: int
     takes_ipv4: bool = False
 
+    @staticmethod
+    def known_by(sockref: Sockref, cookie: int) -> Socket:
+        """A socket of which nothing but its sockref need be known: enough for every call but ASSIGN."""
+        return Socket(
+            cookie,
+            sockref.protocol,
+            sockref.local,
+            is_connected=False,
+            has_reuse_address=False,
+            is_privileged=False,
+            owner=sockref.owner,
+        )
+
 
 class SocketApi:
     """The calls, on a table's sockrefs and their connections."""

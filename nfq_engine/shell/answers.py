@@ -89,12 +89,17 @@ class Answers:
     def _socket(self, caller: Caller, request: wire.Message, descriptor: int | None, argument: bytes) -> Socket:
         """The calling socket; privileged if the caller is, and so is the process on whose behalf it calls.
 
-        Only ASSIGN asks for privileges, and only then are they looked up.
+        Only ASSIGN asks for privileges, and for what a socket is now; all else is about its sockref.
         """
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         pids = {caller.pid, number_from(request.get("pid", caller.pid), _MOST_PID)}
         is_assign = len(argument) >= SHORTEST and unpack_operation(argument) == Operation.ASSIGN
+        if not is_assign:
+            cookie = sockets.cookie_of(descriptor)
+            sockref = self._table.sockrefs.of_socket(cookie)
+            if sockref is not None:
+                return Socket.known_by(sockref, cookie)
         is_privileged = is_assign and all(map(self._may_administer, pids))
         return sockets.describe(descriptor, self._namespace, is_privileged=is_privileged)
 

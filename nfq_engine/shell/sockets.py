@@ -54,7 +54,7 @@ def describe(descriptor: int, namespace: tuple[int, int], *, is_privileged: bool
         if handed.family not in (socket.AF_INET, socket.AF_INET6) or handed.proto not in (Protocol.TCP, Protocol.UDP):
             raise OSError(errno.EINVAL, "only TCP and UDP sockets can have a foreign address")
         return Socket(
-            cookie=int.from_bytes(handed.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder),
+            cookie=_cookie(handed),
             protocol=Protocol(handed.proto),
             local=endpoint_of(handed.getsockname()),
             is_connected=_is_connected(handed),
@@ -64,6 +64,16 @@ def describe(descriptor: int, namespace: tuple[int, int], *, is_privileged: bool
             takes_ipv4=handed.family == socket.AF_INET6
             and not handed.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
         )
+
+
+def cookie_of(descriptor: int) -> int:
+    """The kernel's number of a socket, which no other socket ever has; OSError (ENOTSOCK) when it is none."""
+    with _borrowed(descriptor) as handed:
+        return _cookie(handed)
+
+
+def _cookie(handed: socket.socket) -> int:
+    return int.from_bytes(handed.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
 
 
 @contextlib.contextmanager
