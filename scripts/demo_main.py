@@ -28,11 +28,13 @@ from testbed.connections import Connection, connections
 from testbed.lab import Lab, LabError
 from testbed.ladder import ladder
 from testbed.process import MARK, ServiceError, owner_mark, sweep
+from testbed.report import write_report
 from testbed.topology_file import load
 from testbed.trace import trace
 
 ROOT: Final = Path(__file__).parent.parent
 TOPOLOGY: Final = ROOT / "topologies" / "transparent-proxy.yaml"
+REPORT: Final = "report.html"
 ENGINE_TABLE: Final = "nfq_tproxy"
 CONNTRACK_COUNTS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_acct")
 ESTABLISHED: Final = 1  # in /proc/net/tcp
@@ -108,6 +110,7 @@ def work(lab: Lab) -> Run:
     lab.capture.settle()
     lab.capture.verify()
     frames = lab.capture.frames()
+    write_report(lab, lab.directory / REPORT)
     lab.programs["gateway", "tproxyd"].stop()
     web_log = lab.programs["server", "web"].log.read_text().splitlines()
     return Run(
@@ -200,7 +203,8 @@ def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
     console.rule("checks")
     results = [report(console, check.__doc__ or check.__name__, list(check(run))) for check in checks(datapath)]
     results.append(report(console, "nothing is left behind", [*lab.left_over, *leftovers(before)]))
-    console.print(f"\ncaptures (pcapng) and logs: {directory}", markup=False, highlight=False)
+    console.print(f"\nreport: {directory / REPORT}", markup=False, highlight=False)
+    console.print(f"captures (pcapng) and logs: {directory}", markup=False, highlight=False)
     return all(results)
 
 

@@ -20,8 +20,10 @@ from typing import Final, Self
 
 from testbed.engine_handle import EngineHandle
 from testbed.lab import Lab, NodeHandle
+from testbed.report import report
 
 FAILURE: Final = "failure.txt"
+REPORT: Final = "report.html"
 _LONGEST: Final = 120  # characters of a name; a file system allows 255
 
 
@@ -69,18 +71,21 @@ def _is_locked_now(descriptor: int, path: Path) -> bool:
         return False
 
 
-def write_state(lab: Lab, folder: Path) -> None:
-    """Write down how a running lab is: rulesets, sockrefs, connections, counters. What cannot be had says why."""
-    for name, read in _state(lab):
+def write_state(lab: Lab, folder: Path, failure: str) -> None:
+    """Write down how a running lab is: rulesets, sockrefs, connections, counters; and a report with `failure`.
+
+    What cannot be had says why.
+    """
+    for name, read in _state(lab, failure):
         try:
             text = read()
         except Exception as error:
             text = f"cannot be had: {error}\n"
         if text:
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8", errors="replace")
 
 
-def _state(lab: Lab) -> Iterator[tuple[str, Callable[[], str]]]:
+def _state(lab: Lab, failure: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """Files and what goes into them, node by node."""
     for node in lab.topology.nodes:
         handle = lab[node.name]
@@ -90,6 +95,7 @@ def _state(lab: Lab) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"{node.name}.ruleset.txt", partial(getattr, engine, "ruleset")
             for view in ("sockrefs", "connections", "counters"):
                 yield f"{node.name}.{view}.json", partial(_view, engine, view)
+    yield REPORT, partial(report, lab, failure)
 
 
 def _nft_rules(node: NodeHandle) -> str:

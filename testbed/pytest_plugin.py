@@ -168,7 +168,7 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
         yield lab
         del node.stash[_lab_of]
         if _has_failed(node) or any(program.has_failed for program in lab.programs.values()):
-            write_state(lab, folder.path)
+            write_state(lab, folder.path, _story(node))
         if _has_failed(node) and config.getoption("--lab-keep"):
             stack.pop_all()
             node.user_properties.append((_KEPT, _keep(lab)))
@@ -207,6 +207,12 @@ def _has_failed(item: pytest.Item) -> bool:
     return any(report.failed for report in item.stash.get(_reports_of, []))
 
 
+def _story(item: pytest.Item) -> str:
+    """What pytest tells of a test's failures; empty when there are none."""
+    failures = [report for report in item.stash.get(_reports_of, []) if report.failed]
+    return "\n".join(f"{report.nodeid}, {report.when}:\n\n{report.longreprtext}\n" for report in failures)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
@@ -232,9 +238,8 @@ def _finish_folder(item: pytest.Item, folder: ArtefactFolder) -> None:
         return
     if captures == "never":
         (folder.path / FILE_NAME).unlink(missing_ok=True)
-    texts = [f"{report.nodeid}, {report.when}:\n\n{report.longreprtext}\n" for report in failures]
-    if texts:
-        (folder.path / FAILURE).write_text("\n".join(texts))
+    if failures:
+        (folder.path / FAILURE).write_text(_story(item))
     item.user_properties.append((_FOLDER, str(folder.path)))
     folder.close()
 

@@ -128,11 +128,16 @@ class _Budget:
         return True
 
 
-def write_report(lab: Lab, path: Path, failure: str = "") -> Path:
-    """Write down what a lab did so far; `failure` is the text of what went wrong, if something did.
+def write_report(lab: Lab, path: Path) -> Path:
+    """Write down what a lab did so far; OSError when the file cannot be written."""
+    path.write_text(report(lab), encoding="utf-8", errors="replace")
+    return path
 
-    The engines are asked as long as the lab runs; captures and logs are there after its end as well. OSError when the
-    file cannot be written.
+
+def report(lab: Lab, failure: str = "") -> str:
+    """The report's HTML; `failure` is the text of what went wrong, if something did.
+
+    The engines are asked as long as the lab runs; captures and logs are there after its end as well.
     """
     environment = Environment(
         loader=PackageLoader("testbed"),
@@ -143,7 +148,7 @@ def write_report(lab: Lab, path: Path, failure: str = "") -> Path:
     )
     style, script = (_source(environment, name) for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         style=Markup(style),
         script=Markup(script),
         script_hash=digest,
@@ -156,8 +161,6 @@ def write_report(lab: Lab, path: Path, failure: str = "") -> Path:
         logs=[(f"{node}: {name}", *_end_of(program.log)) for (node, name), program in lab.programs.items()],
         **_traffic(lab),
     )
-    path.write_text(text, encoding="utf-8", errors="replace")
-    return path
 
 
 def _source(environment: Environment, name: str) -> str:

@@ -58,6 +58,8 @@ def test_every_check_holds_and_the_captures_are_there(shown: Shown) -> None:
     assert "FAILED" not in shown.result.stdout
     assert len(re.findall(r"^ok ", shown.result.stdout, re.MULTILINE)) == 8
     assert str(shown.directory) in shown.result.stdout
+    assert f"report: {shown.directory / 'report.html'}" in shown.result.stdout
+    assert "198.51.100.7:7: 10 packets" in (shown.directory / "report.html").read_text()
     assert (shown.directory / "capture.pcapng").stat().st_size > 4 << 20, "the file went over two links, twice"
 
 

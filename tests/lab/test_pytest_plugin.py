@@ -222,6 +222,9 @@ def test_a_failed_test_leaves_a_folder_with_everything(project: pytest.Pytester,
     assert isinstance(json.loads((folder / "b.connections.json").read_text()), list)
     assert json.loads((folder / "b.counters.json").read_text())["datapath"].startswith("inline")
     assert (folder / "b.tproxyd.log").exists()
+    report = (folder / "report.html").read_text()
+    assert "&#39;the answer&#39; == 42" in report
+    assert "10.0.0.2:9: " in report
     assert name not in [record.name for record in registry.records()]
 
 

@@ -15,7 +15,7 @@ import pytest
 from engine_lab import FOREIGN, engine_lab
 
 from testbed.lab import Lab
-from testbed.report import write_report
+from testbed.report import report, write_report
 from testbed.topology import Readiness
 from testbed.topology_file import loads
 
@@ -96,7 +96,9 @@ def translated(tmp_path: Path) -> Path:
             server.bind(("0.0.0.0", 53))
             client.sendto(b"question", (lab["server"].address(), 53))
             assert server.recv(64) == b"question"
-        return write_report(lab, tmp_path / "report.html", failure="the answer never came")
+        page = tmp_path / "report.html"
+        page.write_text(report(lab, failure="the answer never came"))
+        return page
 
 
 def test_a_report_shows_topology_connections_decisions_and_logs_of_a_proxied_exchange(proxied: Path) -> None:
@@ -160,14 +162,14 @@ def test_a_report_of_a_lab_that_has_ended_has_what_was_captured(tmp_path: Path) 
 
 
 def test_testbed_run_writes_a_report_also_when_its_command_fails(tmp_path: Path) -> None:
-    file, report = tmp_path / "lab.yaml", tmp_path / "lab.html"
+    file, page = tmp_path / "lab.yaml", tmp_path / "lab.html"
     file.write_text("name: small\nnodes: {a: , b: }\nlinks:\n  - ends: [{node: a}, {node: b}]\n")
-    words = ("run", file, "--directory", tmp_path, "--report", report, "--in", "a", "--", "bash", "-c")
+    words = ("run", file, "--directory", tmp_path, "--report", page, "--in", "a", "--", "bash", "-c")
     command = [sys.executable, "-m", "testbed.cli", *map(str, words), "echo x > /dev/udp/10.0.0.2/9; exit 7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 7
-    assert f"report: {report}" in done.stderr
-    assert re.search(r"udp 10\.0\.0\.1:\d+ → 10\.0\.0\.2:9: 2 packets", Page(report).text)  # the other is the refusal
+    assert f"report: {page}" in done.stderr
+    assert re.search(r"udp 10\.0\.0\.1:\d+ → 10\.0\.0\.2:9: 2 packets", Page(page).text)  # the other is the refusal
 
 
 def test_testbed_run_refuses_a_report_in_no_folder_before_it_builds_anything(tmp_path: Path) -> None:
