@@ -42,6 +42,7 @@ Examples:
   testbed exec client -- python -m testbed.traffic fetch http://10.0.1.2/
   testbed exec gateway -- tproxyctl connections
   testbed shell gateway
+  testbed report -o lab.html
   testbed down transparent-proxy
   testbed run topologies/transparent-proxy.yaml --in client -- python -m testbed.traffic fetch http://10.0.1.2/
   testbed run lab.yaml --report lab.html -- ./my-test.sh
@@ -136,6 +137,17 @@ def down(name: str | None) -> None:
     record = registry.find(name)
     registry.down(record)
     click.echo(f"{record.name} is down")
+
+
+@main.command("report")
+@click.argument("name", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of the lab's directory.")
+def write_report_of(name: str | None, output: Path | None) -> None:
+    """Write down what a running lab did so far, as one HTML file: by name, or the only one."""
+    record = registry.find(name)
+    path = output or Path(record.directory, "report.html")
+    path.write_text(registry.ask_report(record), encoding="utf-8")
+    click.echo(path)
 
 
 @main.command("ls")

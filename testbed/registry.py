@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,9 +24,13 @@ from typing import Final
 from testbed.lab import Lab
 from testbed.netns import Namespace
 from testbed.process import start_time
+from testbed.report import report
 from testbed.topology import Topology
 
 _PATIENCE: Final = 15.0  # seconds for a lab to end
+_REPORT_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
+_DONE: Final = b"+"  # what a keeper's answer begins with
+_FAILED: Final = b"-"
 LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
 
 
@@ -54,7 +59,7 @@ class Record:
 
     def remove(self) -> None:
         """Let nobody find it any more."""
-        _path(self.name).unlink(missing_ok=True)
+        _forget(self.name)
 
     def namespace(self, node: str) -> Namespace:
         """The namespace of a node."""
@@ -82,7 +87,7 @@ def records() -> list[Record]:
             if record.is_alive:
                 found.append(record)
                 continue
-        path.unlink(missing_ok=True)
+        _forget(path.stem)
     return found
 
 
@@ -141,6 +146,47 @@ def down(record: Record) -> None:
         raise RegistryError(f"{record.name} is down, but\n{complaints}")
 
 
+def ask_report(record: Record) -> str:
+    """What a running lab did so far, as HTML (report.py); RegistryError when its keeper cannot tell."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(_REPORT_PATIENCE)
+        try:
+            asking.connect(str(_socket(record.name)))
+            answer = b"".join(iter(lambda: asking.recv(1 << 16), b""))
+        except TimeoutError as error:
+            raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not answer") from error
+        except OSError as error:
+            # A lab that a test left running has no captures any more, and the test wrote what there was.
+            raise RegistryError(f"{record.name} cannot be asked for a report; see {record.directory}") from error
+    verdict, text = answer[:1], answer[1:].decode()
+    if verdict != _DONE:
+        raise RegistryError(f"no report of {record.name}: {text or 'its keeper ended'}")
+    return text
+
+
+@contextlib.contextmanager
+def _listening(name: str) -> Iterator[socket.socket]:
+    """Where a keeper is asked for reports; only this user can reach it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        _socket(name).unlink(missing_ok=True)  # of a keeper that was killed
+        listener.bind(str(_socket(name)))
+        listener.listen()
+        yield listener
+
+
+def _answer(listener: socket.socket, lab: Lab) -> None:
+    """Wait for a question, and answer it."""
+    asked, _ = listener.accept()
+    with asked:
+        asked.settimeout(_REPORT_PATIENCE)
+        try:
+            answer = _DONE + report(lab).encode(errors="replace")
+        except Exception as error:
+            answer = _FAILED + repr(error).encode(errors="replace")
+        with contextlib.suppress(OSError):  # who asked is gone, or does not listen
+            asked.sendall(answer)
+
+
 def _wait_gone(record: Record) -> None:
     """Wait for the end of a keeper (which is no child of ours)."""
     try:
@@ -157,7 +203,7 @@ class _Down(BaseException):
 
 
 def _keep(topology: Topology, logs: Path, telling: int) -> None:
-    """The keeper: leave the command's session, build the lab, say so, wait for SIGTERM. Never returns."""
+    """The keeper: leave the command's session, build the lab, say so, write reports until SIGTERM. Never returns."""
     os.setsid()
     if os.fork():
         os._exit(0)
@@ -166,7 +212,7 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
         # Not blocked and waited for: what the keeper starts would have it blocked, too.
         signal.signal(signal.SIGTERM, _leave)
         redirect(logs / LOG)
-        with contextlib.suppress(_Down), Lab(topology, logs) as lab:
+        with contextlib.suppress(_Down), Lab(topology, logs) as lab, _listening(topology.name) as listener:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
             record.write()
@@ -174,7 +220,7 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
             telling = -1
             with contextlib.suppress(_Down):
                 while True:
-                    signal.pause()
+                    _answer(listener, lab)
         status = 0
     except Exception as error:
         message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
@@ -184,7 +230,7 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
             sys.stderr.write(message + "\n")
             sys.stderr.flush()
     finally:
-        _path(topology.name).unlink(missing_ok=True)
+        _forget(topology.name)
         os._exit(status)
 
 
@@ -205,6 +251,16 @@ def redirect(log: Path) -> None:
 
 def _path(name: str) -> Path:
     return directory() / f"{name}.json"
+
+
+def _socket(name: str) -> Path:
+    return directory() / f"{name}.sock"
+
+
+def _forget(name: str) -> None:
+    """Remove what is there of a lab."""
+    _path(name).unlink(missing_ok=True)
+    _socket(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -111,6 +111,18 @@ def test_a_lab_outlives_the_command_that_started_it_and_ends_with_down(lab: str,
     assert (tmp_path / "logs" / "capture.pcapng").stat().st_size > 0
 
 
+def test_a_report_tells_what_a_running_lab_did_so_far(lab: str, tmp_path: Path) -> None:
+    for number in (1, 2):
+        asked = ["bash", "-c", f"echo x > /dev/udp/10.0.0.2/{number}"]
+        assert run_testbed("exec", "--lab", lab, "a", "--", *asked).returncode == 0
+        done = run_testbed("report", lab)
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'logs' / 'report.html'}\n"), done.stderr
+        assert f"→ 10.0.0.2:{number}: " in (tmp_path / "logs" / "report.html").read_text()
+    elsewhere = tmp_path / "elsewhere.html"
+    assert run_testbed("report", lab, "-o", elsewhere).stdout == f"{elsewhere}\n"
+    assert "→ 10.0.0.2:1: " in elsewhere.read_text()
+
+
 def test_exec_ends_as_the_command_does_and_names_what_is_not_there(lab: str) -> None:
     assert run_testbed("exec", "--lab", lab, "b", "--", "sh", "-c", "exit 37").returncode == 37
     unknown = run_testbed("exec", "--lab", lab, "c", "--", "true")
