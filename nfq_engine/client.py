@@ -192,6 +192,7 @@ class Tproxy:
         while time.perf_counter() < end:
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._socket.fileno(), _READ)
+            os.sched_yield()  # to an engine on the same processor
         return self._socket.recv(_READ)
 
     def events(self) -> Iterator[wire.Message]:

@@ -121,8 +121,11 @@ class Daemon:
         while not self._is_stopping:
             waiting = [client for client in self._control.clients if client.has_work]
             is_awake = bool(waiting) or now < self._answered + _MOMENT
-            for key, _ in self._selector.select(0.0 if is_awake else max(0.0, next_tick - now)):
+            ready = self._selector.select(0.0 if is_awake else max(0.0, next_tick - now))
+            for key, _ in ready:
                 key.data()
+            if is_awake and not ready:
+                os.sched_yield()  # to an asker on the same processor
             for client in waiting:
                 self._serve(client)
             now = time.monotonic()
