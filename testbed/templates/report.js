@@ -9,7 +9,7 @@ function openTarget() {
   }
 }
 addEventListener("hashchange", openTarget);
-for (const packet of document.querySelectorAll(".ladder details")) {
+for (const packet of document.querySelectorAll(".ladder > details")) {
   packet.addEventListener("toggle", () => {
     if (packet.open) history.replaceState(null, "", "#" + packet.id);
   });
@@ -17,11 +17,12 @@ for (const packet of document.querySelectorAll(".ladder details")) {
 // Up and down go from packet to packet.
 addEventListener("keydown", (event) => {
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  const packets = [...document.querySelectorAll(".ladder summary")];
+  const packets = [...document.querySelectorAll(".ladder > details > summary")];
   const next = packets[packets.indexOf(document.activeElement) + step];
   if (step && next && packets.includes(document.activeElement)) {
     event.preventDefault();
     next.focus();
   }
 });
-openTarget();
+// Not before: going to the fragment, the browser takes the focus away.
+addEventListener("load", openTarget);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import Browser, browser
 from engine_lab import FOREIGN, engine_lab
 
 from testbed.lab import Lab
@@ -186,25 +186,34 @@ def test_testbed_run_refuses_a_report_in_no_folder_before_it_builds_anything(tmp
 # ---- in a browser ----
 
 
-def browse(profile: Path, *words: str) -> str:
-    """Run Chromium without a window; what it prints."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("missing chromium: no browser to look at a report with")
-    flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    quiet = "--disable-component-update --disable-sync --disable-extensions"
-    command = [chromium, *flags.split(), *quiet.split(), f"--user-data-dir={profile}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+def is_open(looking: Browser) -> list[bool]:
+    """Which packets are open."""
+    found: list[bool] = looking.evaluate("[...document.querySelectorAll('.ladder > details')].map((p) => p.open)")
+    return found
 
 
-def test_in_a_browser_the_fragment_opens_its_packet_and_nothing_hostile_runs(proxied: Path, tmp_path: Path) -> None:
+def test_in_a_browser_packets_open_by_click_key_and_fragment_and_nothing_hostile_runs(
+    proxied: Path, tmp_path: Path
+) -> None:
     first, second = re.findall(r'id="(packet-\d+)"', proxied.read_text())
-    dom = browse(tmp_path / "profile", "--dump-dom", f"{proxied.as_uri()}#{second}")
-    assert re.search(rf'<details id="{second}" open', dom)
-    assert f'<details id="{first}">' in dom
-    assert "<title>engine: what the lab did</title>" in dom
-    ARTEFACTS.mkdir(exist_ok=True)
-    picture = ARTEFACTS / "report.png"
-    picture.unlink(missing_ok=True)
-    browse(tmp_path / "profile", f"--screenshot={picture}", "--window-size=1400,2400", f"{proxied.as_uri()}#{second}")
-    assert picture.stat().st_size > 10_000
+    with browser(tmp_path / "profile") as looking:
+        looking.open(proxied.as_uri())
+        assert is_open(looking) == [False, False]
+        looking.click(f"#{first} > summary")
+        assert is_open(looking) == [True, False]
+        looking.press("ArrowDown")
+        assert looking.evaluate("document.activeElement.parentElement.id") == second
+        looking.press("Enter")
+        assert is_open(looking) == [True, True]
+        ARTEFACTS.mkdir(exist_ok=True)
+        (ARTEFACTS / "report.png").write_bytes(looking.picture())
+        looking.press("Enter")
+        assert is_open(looking) == [True, False]
+
+        looking.open("about:blank")  # so that the page is loaded anew
+        looking.open(f"{proxied.as_uri()}#{second}")
+        assert is_open(looking) == [False, True]
+        assert looking.evaluate("document.activeElement.parentElement.id") == second
+        assert looking.evaluate("document.title") == "engine: what the lab did"
+        assert looking.evaluate("document.scripts.length") == 1
+        assert looking.complaints() == []

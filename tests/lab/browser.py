@@ -1,0 +1,90 @@
+"""A browser without a window, driven over WebDriver (W3C) as a user would drive it: clicks, keys, looking."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+PATIENCE: Final = 30.0  # seconds for an answer
+KEYS: Final = {"Enter": "\ue007", "ArrowDown": "\ue015"}
+_ELEMENT: Final = "element-6066-11e4-a52e-4f735466cecf"  # what WebDriver calls a reference to an element
+# As root Chromium has no sandbox; and nothing of it is to leave this machine.
+_FLAGS: Final = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+    --disable-background-networking --disable-component-update --disable-extensions --window-size=1400,2400"""
+
+
+@dataclass(frozen=True)
+class Browser:
+    """One session."""
+
+    url: str
+
+    def open(self, page: str) -> None:
+        """Go to an address."""
+        ask(f"{self.url}/url", {"url": page})
+
+    def click(self, selector: str) -> None:
+        ask(f"{self.url}/element/{self._find(selector)}/click", {})
+
+    def press(self, key: str) -> None:
+        """Press a key on what has the focus."""
+        strokes = [{"type": kind, "value": KEYS[key]} for kind in ("keyDown", "keyUp")]
+        ask(f"{self.url}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of some JavaScript."""
+        return ask(f"{self.url}/execute/sync", {"script": f"return {expression}", "args": []})
+
+    def complaints(self) -> list[str]:
+        """What the browser's console tells, errors and refusals among it."""
+        return [entry["message"] for entry in ask(f"{self.url}/se/log", {"type": "browser"})]
+
+    def picture(self) -> bytes:
+        """What is to be seen, as PNG."""
+        return base64.b64decode(ask(f"{self.url}/screenshot"))
+
+    def _find(self, selector: str) -> str:
+        found: str = ask(f"{self.url}/element", {"using": "css selector", "value": selector})[_ELEMENT]
+        return found
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A browser with a profile of its own; the test is skipped where there is none."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"missing {', '.join(missing)}: no browser to look at a report with")
+    options = {"binary": shutil.which("chromium"), "args": [*_FLAGS.split(), f"--user-data-dir={profile}"]}
+    wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+    with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout is not None
+            port = next(match[1] for line in driver.stdout if (match := re.search(r"successfully on port (\d+)", line)))
+            sessions = f"http://127.0.0.1:{port}/session"
+            session = f"{sessions}/{ask(sessions, {'capabilities': {'alwaysMatch': wanted}})['sessionId']}"
+            try:
+                yield Browser(session)
+            finally:
+                ask(session, method="DELETE")
+        finally:
+            driver.terminate()
+
+
+def ask(url: str, body: object = None, method: str | None = None) -> Any:
+    """One WebDriver command."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=PATIENCE) as answer:
+        return json.load(answer)["value"]
