@@ -53,12 +53,18 @@ _MOST_TALKS: Final = 50  # conversations at a point
 _MOST_ENTRIES: Final = 200  # of a list of the engine's
 _LOG_BYTES: Final = 64 << 10  # the end of each log
 
+# What the template is given of a lab without captures.
+_NO_TRAFFIC: Final[dict[str, Any]] = {
+    **dict.fromkeys(("points", "ladders", "others", "talks"), ()),
+    **dict.fromkeys(("frames", "unread", "hidden", "other_count"), 0),
+    "trouble": "",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A packet at one point of a ladder. `left`, `right`: the line there, `wire`, `inside` a node, or none."""
 
-    point: str
     left: str
     right: str
     arrow: str
@@ -172,10 +178,7 @@ def _traffic(lab: Lab) -> dict[str, Any]:
     """What was captured, for the template."""
     capture = lab.capture
     if capture is None:
-        return {"points": [], "trouble": "", "frames": 0, "unread": 0, "ladders": [], "hidden": 0, "others": []} | {
-            "other_count": 0,
-            "talks": [],
-        }
+        return _NO_TRAFFIC
     trouble = ""
     try:
         capture.settle()
@@ -283,7 +286,6 @@ def _cells(row: Row, points: Sequence[str]) -> Iterator[Cell]:
     for column, point in enumerate(points):
         here = [hop for hop in hops if hop.point == point]
         yield Cell(
-            point=point,
             left=strokes[column],
             right=strokes[column + 1],
             arrow=arrows[point],

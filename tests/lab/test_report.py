@@ -161,6 +161,11 @@ def test_a_report_of_a_lab_that_has_ended_has_what_was_captured(tmp_path: Path) 
     assert "cannot be had" in text
 
 
+def test_a_lab_without_captures_has_a_report_that_says_so(tmp_path: Path) -> None:
+    with Lab(loads(NAT), tmp_path, capture=False) as lab:
+        assert "nothing was captured" in report(lab)
+
+
 def test_testbed_run_writes_a_report_also_when_its_command_fails(tmp_path: Path) -> None:
     file, page = tmp_path / "lab.yaml", tmp_path / "lab.html"
     file.write_text("name: small\nnodes: {a: , b: }\nlinks:\n  - ends: [{node: a}, {node: b}]\n")
