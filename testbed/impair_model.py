@@ -25,7 +25,7 @@ class Counts:
 
     seen: int = 0
     lost: int = 0
-    overflowed: int = 0  # the queue in front of the rate was full
+    overflowed: int = 0  # the queue in front of the rate was full, or the stage too slow
     duplicated: int = 0
     reordered: int = 0  # sent without the delay
     corrupted: int = 0

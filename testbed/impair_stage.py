@@ -2,6 +2,8 @@
 
 Owns: the packet sockets, the clock and the frames under way, in a namespace of the testbed's own between the nodes.
 Must not choose what becomes of a frame: impair_model.py does. Run by impair.py; ends with the lab.
+
+Every frame that comes is whole: one segment, its checksum done, since the nodes' ends have no offload (plan.py).
 """
 
 from __future__ import annotations
@@ -24,8 +26,16 @@ from testbed.topology import Impairment
 
 RECORD: Final = struct.Struct(f"={len(COUNTERS)}Q")  # the counters of a direction in the shared file
 _ETH_P_ALL: Final = 3
+_ETH_P_8021Q: Final = 0x8100
 _PACKET_OUTGOING: Final = 4  # linux/if_packet.h
 _SO_RCVBUFFORCE: Final = 33
+_SOL_PACKET: Final = 263
+_PACKET_STATISTICS: Final = 6
+_PACKET_AUXDATA: Final = 8
+_AUXDATA: Final = struct.Struct("=3I2H2H")  # linux/if_packet.h, struct tpacket_auxdata: status first, TCI and TPID last
+_STATUS_LOSING: Final = 1 << 2
+_STATUS_VLAN: Final = 1 << 4
+_STATUS_VLAN_TYPE: Final = 1 << 6
 _BUFFER: Final = 4 << 20
 _LARGEST: Final = 1 << 17
 _BURST: Final = 64  # frames read before those that are due are sent
@@ -46,6 +56,7 @@ def _open(interface: str) -> socket.socket:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
     except PermissionError:  # rootless
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    opened.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
     opened.bind((interface, _ETH_P_ALL))
     opened.setblocking(False)
     return opened
@@ -61,7 +72,10 @@ def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
         readable, _, _ = select.select(by_socket, (), (), patience)  # poll() and epoll round up to milliseconds
         for source in readable:
             place, lane = by_socket[source]
-            for frame in _frames(source):
+            frames, dropped = _frames(source)
+            lane.direction.counts.seen += dropped
+            lane.direction.counts.overflowed += dropped
+            for frame in frames:
                 for departure in lane.direction.departures(time.monotonic(), frame):
                     number += 1
                     heapq.heappush(waiting, (departure.when, number, lane, departure.frame))
@@ -74,17 +88,26 @@ def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
                 print(f"a frame of {len(frame)} bytes was not sent: {os.strerror(error.errno or 0)}", flush=True)
 
 
-def _frames(source: socket.socket) -> list[bytes]:
-    """The frames that came in, some at most."""
+def _frames(source: socket.socket) -> tuple[list[bytes], int]:
+    """The frames that came in, some at most, as they were on the wire; and how many found no room since last time."""
     found: list[bytes] = []
+    dropped = 0
     while len(found) < _BURST:
         try:
-            frame, address = source.recvfrom(_LARGEST)
+            frame, control, _, address = source.recvmsg(_LARGEST, socket.CMSG_SPACE(_AUXDATA.size))
         except OSError:  # nothing more, or the interface went down: that is told once and over
             break
-        if address[2] != _PACKET_OUTGOING:
-            found.append(frame)
-    return found
+        status, *_, tag, tag_type = _AUXDATA.unpack(control[0][2])
+        if status & _STATUS_LOSING:
+            _, lately = struct.unpack("=2I", source.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+            dropped += lately
+        if address[2] == _PACKET_OUTGOING:
+            continue
+        if status & _STATUS_VLAN:  # the kernel takes the tag off what it receives
+            tag_type = tag_type if status & _STATUS_VLAN_TYPE else _ETH_P_8021Q
+            frame = b"".join((frame[:12], struct.pack("!HH", tag_type, tag), frame[12:]))
+        found.append(frame)
+    return found, dropped
 
 
 def main() -> None:

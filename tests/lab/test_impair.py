@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from traffic_checks import gets_through
 
+from testbed.frames import Frame
 from testbed.impair_model import Direction
 from testbed.lab import Lab
 from testbed.topology import Impairment
@@ -117,6 +118,28 @@ def test_corrupt_datagrams_reach_no_program() -> None:
     with lab_of("{corrupt: 100%}") as lab:
         assert datagrams(lab, 50) == []
         assert lab.impairments["a:eth0"].corrupted >= 50
+
+
+@pytest.mark.parametrize(
+    ("tags", "vlans"),
+    [
+        pytest.param("8100 2007", (7,), id="802.1Q, with a priority"),
+        pytest.param("88a8 0064 8100 0007", (100, 7), id="802.1ad, two tags"),
+    ],
+)
+def test_vlan_tags_are_kept(tags: str, vlans: tuple[int, ...], tmp_path: Path) -> None:
+    frame = bytes.fromhex(f"02000000000b 02000000000a {tags} 88b5") + bytes(range(100))
+    with Lab(loads(PAIR % "{delay: 1ms, seed: 1}"), tmp_path) as lab:
+        with lab["a"].namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+            sender.bind(("eth0", 0))
+            sender.send(frame)
+        assert lab.capture is not None
+        deadline = time.monotonic() + 2
+        seen: list[Frame] = []
+        while not seen and time.monotonic() < deadline:
+            lab.capture.wait(lab.capture.total, 0.05)
+            seen = [each for each in lab.capture.frames("b:eth0") if each.data[-100:] == frame[-100:]]
+    assert [(each.data, each.vlans) for each in seen] == [(frame, vlans)]
 
 
 def test_tcp_over_the_ready_lab_delivers_every_byte(tmp_path: Path) -> None:
