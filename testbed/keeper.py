@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from testbed.impair import WIRE
 from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
 from testbed.process import KEEPS, owner_mark
@@ -24,7 +25,7 @@ from testbed.warden_handle import WardenHandle
 
 def hand_over(lab: Lab) -> Record:
     """Give a lab to a keeper and be done with it; LabError when none can be had: then the lab is as it was."""
-    namespaces = {node.name: lab[node.name].namespace for node in lab.topology.nodes}
+    namespaces = lab.namespaces
     keeper = subprocess.Popen(
         [
             *(sys.executable, "-m", "testbed.keeper", lab.topology.name, str(lab.directory)),
@@ -73,7 +74,7 @@ def main() -> None:
         return
     record = None
     with contextlib.suppress(_Down):
-        record = record_of(name, Path(directory), nodes)
+        record = record_of(name, Path(directory), {node: nodes[node] for node in nodes if node != WIRE})
         sys.stdout.write(record.name + "\n")
         sys.stdout.flush()
         redirect(Path(directory, LOG))

@@ -176,7 +176,7 @@ class Lab:
         self._undo.add("the namespaces", self._builder.close)
         self._builder.build(plan(self.topology))
         with contextlib.suppress(PermissionError):  # inside somebody else's namespace we see no others end
-            self._watch = Watch({node: site.namespace for node, site in self._builder.sites.items()})
+            self._watch = Watch(self.namespaces)
 
     def _await_deletion(self) -> None:
         """Wait until the kernel has taken the namespaces apart."""
@@ -187,6 +187,11 @@ class Lab:
 
     def __getitem__(self, name: str) -> NodeHandle:
         return NodeHandle(self, self.topology.node(name), self._builder.namespace(name))
+
+    @property
+    def namespaces(self) -> Mapping[str, Namespace]:
+        """All that it consists of: the nodes' by their names, and that between impaired links (impair.py)."""
+        return {name: site.namespace for name, site in self._builder.sites.items()}
 
     def start(self, node: str, service: Service) -> Program:
         """Start a service in a node."""

@@ -9,16 +9,21 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from traffic_checks import gets_through
 
+from testbed import registry
 from testbed.frames import Frame
+from testbed.impair import WIRE
 from testbed.impair_model import Direction
+from testbed.keeper import hand_over
 from testbed.lab import Lab
+from testbed.netns import Namespace
+from testbed.process import start_time
 from testbed.topology import Impairment
 from testbed.topology_file import load, loads
 
@@ -148,6 +153,50 @@ def test_tcp_over_the_ready_lab_delivers_every_byte(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert (tmp_path / "got").stat().st_size == 262144
         assert lab.impairments["server:eth0"].lost > 0
+
+
+@pytest.fixture
+def name() -> str:
+    """A lab's name that no other test run uses."""
+    return f"impaired-{os.getpid()}"
+
+
+def kept(name: str, folder: Path) -> tuple[registry.Record, int]:
+    """A lab with an impaired link that is handed over to a keeper, and the stage's process."""
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab(loads(PAIR.replace("impaired", name) % "{delay: 1ms, seed: 1}"), folder))
+        stage = inside(lab.namespaces[WIRE])
+        record = hand_over(lab)
+        stack.pop_all()
+    return record, stage
+
+
+def inside(namespace: Namespace) -> int:
+    """The process that runs in a namespace."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            status = (process / "ns/net").stat()
+            if (status.st_dev, status.st_ino) == namespace.identity:
+                return int(process.name)
+    raise AssertionError("no process is in the namespace")
+
+
+def test_a_lab_that_is_handed_over_stays_impaired_until_it_is_down(name: str, tmp_path: Path) -> None:
+    record, stage = kept(name, tmp_path)
+    try:
+        assert list(record.nodes) == ["a", "b"]
+        with record.namespace("a") as a, record.namespace("b") as b:
+            assert gets_through(a, b, "10.0.0.2")
+    finally:
+        registry.down(record)
+    assert start_time(stage) is None
+
+
+def test_the_stage_goes_with_a_killed_keeper(name: str, tmp_path: Path) -> None:
+    record, stage = kept(name, tmp_path)
+    with closing(os.fdopen(os.pidfd_open(stage))) as end:
+        os.kill(record.pid, signal.SIGKILL)
+        assert select.select([end], (), (), 5)[0] == [end]
 
 
 def test_the_stage_goes_with_a_killed_lab() -> None:
