@@ -13,6 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("the testbed's pytest plugin is not installed in .venv: scripts/test does that")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Whoever wants a shell in the lab of a failed test has them run where the terminal is, scripts/test or not."""
+    return 0 if config.getoption("--lab-shell") else None
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """A case that runs against the kernel's own nat needs a lab for it."""
     if item.get_closest_marker("kernel"):

@@ -321,7 +321,7 @@ def test_squid_does_not_become_a_service_of_the_machine(clone: Clone) -> None:
 
 # ---- the commands ----
 
-CHECKS = ["ruff check", "ruff format --check", "mypy --strict", "python -m pytest -k some"]
+CHECKS = ["ruff check", "ruff format --check", "mypy --strict", "python -m pytest -n auto --dist worksteal -k some"]
 
 
 @pytest.mark.parametrize(
