@@ -132,6 +132,7 @@ class Daemon:
             if now >= next_tick:
                 next_tick = now + _TICK
                 self._datapath.tick(now)
+                self._destroyed.listen(wanted=self._has_sockets)
             self._adjust()
 
     def close(self) -> None:
@@ -191,9 +192,16 @@ class Daemon:
 
     def _adjust(self) -> None:
         """Let the kernel know what sockrefs and rules want now."""
+        if self._has_sockets:
+            self._destroyed.listen(wanted=True)
         if self._datapath.table.ruleset.looks_at_owners:
             self._queue.name_owners()
         self._datapath.adjust()
+
+    @property
+    def _has_sockets(self) -> bool:
+        """Does the table know of any, so that news of closed ones is wanted?"""
+        return bool(self._datapath.table.sockrefs or self._datapath.table.listeners)
 
     def _settle(self) -> None:
         """Take in all news, so that an answer is right now; connections first, as a closed socket deletes its own."""

@@ -58,12 +58,16 @@ def main() -> None:
     options = benchlib.parser(__doc__.splitlines()[0], rounds=11).parse_args()
     with ExitStack() as stack:
         program = gateways.compiled("connections", stack)
-        labs = {case: served(case, program, stack) for case in gateways.CASES}
+        labs = {case: served(case, program, stack) for case in (*gateways.CASES, gateways.ASKED_EACH)}
         cases: dict[str, Callable[[], float]] = {case: partial(connections, labs[case], program) for case in labs}
         samples = benchlib.run_paired(cases, options.rounds)
-        cost = median(engine_cost(labs["engine"], program) for _ in range(options.rounds))
-    further = {"engine CPU, µs for each connection": cost}
-    ratios = {"engine/plain": ("engine", "plain")}
+        further = {
+            f"{case}: CPU, µs for each connection": median(
+                engine_cost(labs[case], program) for _ in range(options.rounds)
+            )
+            for case in ("engine", gateways.ASKED_EACH)
+        }
+    ratios = {f"{case}/plain": (case, "plain") for case in ("engine", gateways.ASKED_EACH)}
     benchlib.publish(benchlib.summarise("connections", "connections/s", samples, ratios, further), options.json)
 
 

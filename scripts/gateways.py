@@ -2,7 +2,8 @@
 
 Owns: the topology, the program in C that makes load, and how the engine's CPU time is read. Must not know what is
 measured. The client asks for port ASKED of an address that nobody has; the gateway sends it to its own port SERVED,
-`engine` by a TPROXY rule and the kernel datapath, `plain` by a DNAT rule.
+`engine` by a TPROXY rule and the kernel datapath, `plain` by a DNAT rule. Where TPROXY rules look at no addresses, the
+kernel itself sends further connections where the engine sent the first; ASKED_EACH has the engine asked for each.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SERVED: Final = 50080
 GATEWAY: Final = "10.0.0.1"
 ELSEWHERE: Final = "198.51.100.7"
 CASES: Final = ("engine", "plain")
+ASKED_EACH: Final = "engine, asked for each"  # its rule looks at addresses
 
 _LOADS: Final = Path(__file__).parent / "load"
 _TOPOLOGY: Final = """
@@ -37,8 +39,9 @@ _QUEUES: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 
 def running(case: str, stack: ExitStack, *, offload: bool = False) -> Lab:
     """A lab with one of the gateways, until the end of the stack; `offload` as in a topology."""
-    if case == "engine":
-        rule = f"-A PREROUTING -p tcp -m tcp --dport {ASKED} -j TPROXY --on-port {SERVED}"
+    if case != "plain":
+        source = "-s 10.0.0.0/24 " if case == ASKED_EACH else ""
+        rule = f"-A PREROUTING {source}-p tcp -m tcp --dport {ASKED} -j TPROXY --on-port {SERVED}"
         return with_engine(EngineSpec(datapath="kernel", rules=(rule,)), stack, offload=offload)
     rule = f"tcp dport {ASKED} dnat to {GATEWAY}:{SERVED}"
     chain = f"chain prerouting {{\ntype nat hook prerouting priority dstnat\n{rule}\n}}"

@@ -6,6 +6,7 @@ before `parse` at the kernel datapath, where a connection's first packet is its 
 An answer holds for every source port while the ruleset is the same and asks for nothing that another packet of the same
 interface, addresses and destination port could have otherwise (`Ruleset.is_plain`), while no sockref has the
 destination as its foreign endpoint, and until the interfaces change. Only a plain SYN is recognised, all else parsed.
+Where rules do not ask for addresses either, it holds for all of them (`Known.is_for_all`), and the kernel can be told.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Known:
     to: Endpoint
     destination: Endpoint
     tallies: tuple[Tally, ...]
+    is_for_all: bool  # of this interface, family and destination port, if no sockref has the destination
 
-    def count(self, length: int) -> None:
-        """Count one more packet of so many bytes."""
+    def count(self, length: int, packets: int = 1) -> None:
+        """Count packets of so many bytes altogether."""
         for tally in self.tallies:
-            tally.packets += 1
+            tally.packets += packets
             tally.bytes += length
 
 
@@ -65,7 +67,8 @@ class KnownRedirects:
         if self._ruleset.chains is not self._chains or len(self._answers) >= _MOST:
             self._answers.clear()
             self._chains = self._ruleset.chains
-        self._answers[interface, question] = Known(to, destination, tuple(self._ruleset.passed))
+        is_for_all = not self._ruleset.looks_at_addresses
+        self._answers[interface, question] = Known(to, destination, tuple(self._ruleset.passed), is_for_all)
 
     def clear(self) -> None:
         """Addresses or names of interfaces may have changed."""

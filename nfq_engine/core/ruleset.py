@@ -63,6 +63,7 @@ class Ruleset:
         self.looks_at_owners = False
         # Whether rules ask for nothing but protocol, addresses, destination ports and interfaces.
         self.is_plain = True
+        self.looks_at_addresses = False  # in a rule's own -s or -d
         self.passed: list[Tally] = []  # where the last packet was counted
         self.commit(Draft(empty_chains(), chance))
 
@@ -77,6 +78,8 @@ class Ruleset:
 
     def commit(self, draft: Draft) -> None:
         """Put a draft in force; RuleError, and no change, if its chains do not go together."""
+        if draft.chains == self._chains:
+            return
         draft.check()
         self._steps = {
             name: self._steps[name] if self._chains.get(name) is chain else _steps(name, chain)
@@ -84,7 +87,8 @@ class Ruleset:
         }
         self._policies = {name: _policy(name, draft.chains[name]) for name in BuiltinChain}
         self._chains = dict(draft.chains)
-        rules = (entry.rule for chain in draft.chains.values() for entry in chain.entries)
+        rules = [entry.rule for chain in draft.chains.values() for entry in chain.entries]
+        self.looks_at_addresses = any(rule.source is not None or rule.destination is not None for rule in rules)
         matches = [match for rule in rules for match in rule.matches]
         kinds = {type(match) for match in matches}
         self.is_plain = all(_is_plain(match) for match in matches)

@@ -31,6 +31,7 @@ from nfq_engine.shell.netlink import (
     attribute,
     attributes,
     error_of,
+    listen,
     message,
     messages,
     nested,
@@ -43,9 +44,6 @@ _GET: Final = 1 << 8 | 1
 _DELETE: Final = 1 << 8 | 2
 _GROUPS: Final = (1, 3)  # NFNLGRP_CONNTRACK_NEW, NFNLGRP_CONNTRACK_DESTROY
 _EVENTS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_events")
-_SOL_NETLINK: Final = 270
-_ADD_MEMBERSHIP: Final = 1
-_DROP_MEMBERSHIP: Final = 2
 
 # enum ctattr_type and those below it
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _PROTOINFO, _TIMEOUT, _MARK = 1, 2, 3, 4, 7, 8
@@ -274,8 +272,7 @@ class ConntrackNews:
         Where nobody listens, conntrack does not even write them (net.netfilter.nf_conntrack_events = 2).
         """
         if wanted is not self._is_listening:
-            for group in _GROUPS:
-                self._news.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP if wanted else _DROP_MEMBERSHIP, group)
+            listen(self._news, _GROUPS, wanted=wanted)
             self._is_listening = wanted
 
     def read(self) -> tuple[list[Report], bool]:

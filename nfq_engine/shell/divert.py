@@ -21,7 +21,8 @@ With `kernel`, only what a rule or a sockref could want is diverted (narrowing.p
 on carries the mark when it comes to the nat chains, which look for its mapping in the maps only then. Their elements
 are put in just before the packet is let go (kernel_nat.py). The map `redirect` stands behind the one by whole tuples:
 what rules redirect at PREROUTING finds its endpoint there by interface, protocol and port, so one element does for many
-connections, and stays until it is in somebody's way.
+connections, and stays until it is in somebody's way. Where rules look at interfaces and ports alone, the sets
+`answered` keep the packets of such connections from the queue altogether (answered.py).
 
 Datagrams for one-way listeners (UNIDIR) are diverted at -300, rewritten there, and kept from conntrack at -299, so that
 no state is kept of them. The listener's foreign endpoint may be shared with sockrefs that are narrowed to one peer:
@@ -50,6 +51,7 @@ from nfq_engine.shell.nftables import NftError, NftSocket
 _LARGEST_SEGMENT: Final = 65531 - 60
 
 TABLE: Final = "nfq_tproxy"
+ANSWERED: Final = ("answered4", "answered6")  # what needs no question (answered.py)
 UNTOUCHED: Final = ("untouched4", "untouched6")  # what POSTROUTING leaves alone (untouched.py)
 TO_QUEUE: Final = "to_queue"
 # The chains that follow the ruleset (narrowing.py); until they do, they want everything.
@@ -70,6 +72,7 @@ _SETS: Final = {
         "one_way": "{0}",
         "one_way_local": "{0}",
         "tracked": "{0} . {0}",
+        "answered": "iface_index . inet_service",
     },
     "map": {
         "destination": "inet_proto . {0} . {0} : {0}",
@@ -79,6 +82,7 @@ _SETS: Final = {
 }
 REDIRECTS: Final = 4096  # elements of a map `redirect`
 _LASTING: Final = f"size {REDIRECTS}"
+_COUNTING: Final = f"{_LASTING}; counter"
 _PASSING: Final = "flags timeout; timeout 10s; size 65536"  # each is there for the packets of one turn
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
 # An ICMP error of this host's own about a first packet that it could not forward shares that packet's conntrack entry,
@@ -86,6 +90,7 @@ _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first 
 _OWN_ERROR: Final = f"meta l4proto {{ icmp, ipv6-icmp }} {_UNCONFIRMED}"
 _TUPLE: Final = "meta l4proto . {0} saddr . th sport . {0} daddr . th dport"
 _REDIRECT: Final = "meta iif . meta l4proto . th dport"
+_SYN: Final = "tcp flags & (fin | syn | rst | ack) == syn"
 _PAIR: Final = "{0} saddr . udp sport . {0} daddr . udp dport"
 _ONE_WAY: Final = f"{{1}} daddr . udp dport @one_way{{0}} {_PAIR.format('{1}')} != @tracked{{0}} {{2}}"
 
@@ -160,6 +165,7 @@ table inet {TABLE} {{
 
 def _kernel_text(mark: int) -> str:
     is_marked = f"meta mark & {mark:#x} == {mark:#x}"
+    set_mark = f"meta mark set meta mark | {mark:#x}"
     is_first = f"{_UNCONFIRMED} meta l4proto {{ tcp, udp }}"  # in this order, as most packets fail at the first part
     return f"""
 table inet {TABLE} {{
@@ -197,6 +203,8 @@ table inet {TABLE} {{
     chain first_prerouting {{
         jump {DECIDED[BuiltinChain.PREROUTING]}
         jump to_foreign
+        {_SYN} meta nfproto ipv4 meta iif . tcp dport @{ANSWERED[0]} {set_mark} accept
+        {_SYN} meta nfproto ipv6 meta iif . tcp dport @{ANSWERED[1]} {set_mark} accept
         jump {WANTED[BuiltinChain.PREROUTING]}
     }}
     chain first_output {{
@@ -245,12 +253,12 @@ table inet {TABLE} {{
     {_base_chain("untrack_output", "filter hook output priority -299", f"{is_marked} jump untrack")}
     chain prerouting {{
         type filter hook prerouting priority -130; policy accept;
-        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+        ct mark & {mark:#x} == {mark:#x} {set_mark}
         {is_first} jump first_prerouting
     }}
     chain output {{
         type filter hook output priority -130; policy accept;
-        ct mark & {mark:#x} == {mark:#x} meta mark set meta mark | {mark:#x}
+        ct mark & {mark:#x} == {mark:#x} {set_mark}
         {is_first} jump first_output
     }}
     {_base_chain("postrouting", "filter hook postrouting priority 98", f"{is_first} jump from_local")}
@@ -278,6 +286,7 @@ def _sets_text() -> str:
             text += f"""
     set {name}{version} {{
         type {key.format(endpoint)}
+        {_COUNTING if name == "answered" else ""}
     }}"""
         for name, key in _SETS["map"].items():
             text += f"""
@@ -290,7 +299,7 @@ def _sets_text() -> str:
 
 INLINE: Final = Layout("layout_inline_3", tuple(f"set {name}" for name in UNTOUCHED), _inline_text)
 KERNEL: Final = Layout(
-    "layout_kernel_3",
+    "layout_kernel_4",
     tuple(f"{kind} {name}{version}" for kind, names in _SETS.items() for name in names for version in (4, 6)),
     _kernel_text,
 )

@@ -8,7 +8,7 @@ then accepted: it goes on from our filter chain to our nat chain within that cal
 one turn share one transaction. An element has done its work when its packet was accepted, so the next transaction takes
 it out again; the timeout of the maps is for those of an engine that was killed. What cannot be put in is dropped and
 counted: no packet goes on untranslated. What a rule redirects at PREROUTING mostly finds an element that others have
-used before it (redirects.py), and is not held back.
+used before it (redirects.py), and is not held back, or does not come here at all (answered.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from nfq_engine import wire
@@ -26,6 +27,7 @@ from nfq_engine.core.kernel_engine import FirstDecision, KernelEngine, Mapping
 from nfq_engine.core.packet import Endpoint, FlowTuple, Hook, Protocol
 from nfq_engine.core.tracked import Tracked, Traffic
 from nfq_engine.shell import divert
+from nfq_engine.shell.answered import Answered
 from nfq_engine.shell.ctnetlink import ConntrackNews, KernelConntrack
 from nfq_engine.shell.datapath import Datapath, Source, log
 from nfq_engine.shell.forms import flow_form
@@ -56,7 +58,8 @@ class KernelDatapath(Datapath):
         self._nft = NftSocket(divert.TABLE)
         self._held: list[_Held] = []
         self._spent: dict[str, list[bytes]] = {}  # keys by map, put in for packets that have been released
-        self._redirects = Redirects(self._nft)
+        self._answered = Answered(self._nft, partial(engine.counters.count, Hook.PREROUTING, Reason.REDIRECT))
+        self._redirects = Redirects(self._nft, self._answered)
         self._chains: object = engine.ruleset.chains  # that the elements for redirects come of
         self._diversion = Diversion(engine, self._nft)
         self._tracked: set[bytes] = set()  # what the sets `tracked` have
@@ -64,7 +67,7 @@ class KernelDatapath(Datapath):
         self._count = 0
         self._next_count = 0.0
         engine.on_forget = self._forget
-        interfaces.on_change = engine.known.clear
+        interfaces.on_change = self._forget_answers
 
     def callback(self) -> Callable[[QueuedPacket], None]:
         """Decide on a first packet; give its verdict now, or when its mapping is in place."""
@@ -95,8 +98,9 @@ class KernelDatapath(Datapath):
         return ((self._news, self._read_news),)
 
     def settle(self) -> None:
-        """Read conntrack's reports."""
+        """Read conntrack's reports, and what the kernel has counted."""
         self._read_news()
+        self._answered.collect()
 
     def adjust(self) -> None:
         """Divert what sockrefs and rules could want now."""
@@ -106,6 +110,11 @@ class KernelDatapath(Datapath):
         if self._engine.ruleset.chains is not self._chains:
             self._chains = self._engine.ruleset.chains
             self._redirects.clear()
+        if self.is_traced:
+            self._answered.withdraw()
+        self._answered.adjust()
+        if self._answered:
+            self._clear()  # nobody sees to it that a packet which is answered does not find what another one left
         self._diversion.adjust()
 
     def tick(self, now: float) -> None:
@@ -161,6 +170,8 @@ class KernelDatapath(Datapath):
             return False
         if self._spent or not self._redirects.lead(key_of(packet.indev, Protocol.TCP, known.destination), known.to):
             return False
+        if known.is_for_all:
+            self._answered.propose(packet.indev, known)
         known.count(len(data))
         self._engine.counters.count(Hook.PREROUTING, Reason.REDIRECT)
         packet.set_mark(packet.get_mark() | self._mark)
@@ -226,6 +237,11 @@ class KernelDatapath(Datapath):
             log.warning("reports of conntrack were lost: comparing with all that it has")
             self._engine.resynchronise()
 
+    def _forget_answers(self) -> None:
+        """What rules said was about other interfaces."""
+        self._engine.known.clear()
+        self._answered.outdate()
+
     # The maps.
 
     def _put(self, held: Sequence[_Held]) -> int:
@@ -242,7 +258,10 @@ class KernelDatapath(Datapath):
                 tracked.add(_pair(mapping.flow))
         wanted: dict[str, Iterable[Element]] = {name: inside.items() for name, inside in added.items()}
         wanted |= elements(redirects) | _by_version("tracked", tracked)
-        if problem := self._change(wanted, self._redirects.in_the_way(redirects)):
+        in_the_way = self._redirects.in_the_way(redirects)
+        if in_the_way and not self._answered.withdraw():
+            return errno.EBUSY
+        if problem := self._change(wanted, in_the_way):
             self._redirects.are_refused(redirects)
             return problem
         self._redirects.are_put(redirects)

@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 NETLINK_NETFILTER: Final = 12
 
+# linux/socket.h, linux/netlink.h
+_SOL_NETLINK: Final = 270
+_ADD_MEMBERSHIP: Final = 1
+_DROP_MEMBERSHIP: Final = 2
+
 REQUEST: Final = 0x1
 ACK: Final = 0x4
+ECHO: Final = 0x8
 DUMP: Final = 0x300
 CREATE: Final = 0x400
 APPEND: Final = 0x800
@@ -37,6 +43,12 @@ def open_socket(groups: int = 0) -> socket.socket:
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
     opened.bind((0, groups))
     return opened
+
+
+def listen(opened: socket.socket, groups: Iterable[int], *, wanted: bool) -> None:
+    """Make a socket a member of multicast groups, or let it leave them; what has come to it stays."""
+    for group in groups:
+        opened.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP if wanted else _DROP_MEMBERSHIP, group)
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -73,14 +85,17 @@ def error_of(data: bytes, at: int) -> int:
 
 def attributes(data: bytes, at: int, end: int) -> dict[int, tuple[int, int]]:
     """The attributes between two offsets: kind to where its value begins and ends."""
-    found = {}
+    return dict(attribute_list(data, at, end))
+
+
+def attribute_list(data: bytes, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The attributes between two offsets, in order, which may be of one kind: kind, where its value begins and ends."""
     while at + _ATTRIBUTE.size <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < _ATTRIBUTE.size:
-            break
-        found[kind & _KIND] = (at + _ATTRIBUTE.size, min(at + length, end))
+            return
+        yield kind & _KIND, (at + _ATTRIBUTE.size, min(at + length, end))
         at += length + 3 & ~3
-    return found
 
 
 def refused(number: int) -> OSError:

@@ -11,16 +11,23 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from nfq_engine.shell.netlink import (
     ACK,
     APPEND,
+    BODY_AT,
     CREATE,
+    DONE,
+    DUMP,
+    ECHO,
     ERROR,
     LARGEST_READ,
     REQUEST,
     attribute,
+    attribute_list,
+    attributes,
     error_of,
     message,
     messages,
@@ -35,12 +42,27 @@ _BATCH_END: Final = message(17, REQUEST, socket.AF_UNSPEC, _SUBSYSTEM)
 _NEW_RULE: Final = _SUBSYSTEM << 8 | 6
 _DELETE_RULE: Final = _SUBSYSTEM << 8 | 8
 _NEW_ELEMENTS: Final = _SUBSYSTEM << 8 | 12
+_GET_ELEMENTS: Final = _SUBSYSTEM << 8 | 13
 _DELETE_ELEMENTS: Final = _SUBSYSTEM << 8 | 14
+# NFTA_SET_ELEM_LIST_SET and _ELEMENTS; NFTA_SET_ELEM_KEY and _EXPR; NFTA_DATA_VALUE; NFTA_EXPR_DATA; NFTA_COUNTER_*
+_NAME, _ELEMENTS = 2, 3
+_KEY, _EXPRESSION = 1, 7
+_VALUE = 1
+_EXPRESSION_DATA = 2
+_BYTES, _PACKETS = 1, 2
 _INET: Final = 1  # NFPROTO_INET
 _NFQUEUE_REVISION: Final = 3
 _NFQUEUE_BYPASS: Final = 1
 
 Element = tuple[bytes, bytes]  # key, and data (empty in a set); each part padded to four bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ElementCounts:
+    """What the counter of a set's element has counted."""
+
+    packets: int = 0
+    bytes: int = 0
 
 
 class NftError(Exception):
@@ -81,6 +103,33 @@ class NftSocket:
         requests += [(_NEW_ELEMENTS, CREATE, self._elements(name, elements)) for name, elements in added.items()]
         self._transact(requests)
 
+    def empty(self, names: Iterable[str]) -> dict[tuple[str, bytes], ElementCounts]:
+        """Remove all elements of sets that have counters; what each had counted when it went, by set and key.
+
+        All or nothing; OSError as `change` raises it.
+        """
+        return _counted(self._transact([(_DELETE_ELEMENTS, ECHO, self._set(name)) for name in names]))
+
+    def counts(self, name: str) -> dict[bytes, ElementCounts]:
+        """What the elements of a set have counted so far, by key; OSError when the kernel cannot tell."""
+        sequence = self._sequence
+        self._sequence += 1
+        self._socket.send(message(_GET_ELEMENTS, REQUEST | DUMP, _INET, 0, self._set(name), sequence))
+        told: list[bytes] = []
+        while True:
+            try:
+                data = self._socket.recv(LARGEST_READ)
+            except BlockingIOError:
+                raise refused(errno.ETIMEDOUT) from None
+            for kind, number, at, end in messages(data):
+                if number != sequence:
+                    continue
+                if kind == DONE:
+                    return {key: counts for (_, key), counts in _counted(told).items()}
+                if kind == ERROR:
+                    raise refused(error_of(data, at))
+                told.append(data[at:end])
+
     def replace_by_target(self, chain: str, queue: int, *, bypass: bool) -> None:
         """Make the xtables target NFQUEUE, revision 3, the one rule of a chain; OSError as the kernel says."""
         info = struct.pack("=HHH2x", queue, 1, _NFQUEUE_BYPASS if bypass else 0)
@@ -99,17 +148,24 @@ class NftSocket:
         self._socket.close()
 
     def _elements(self, name: str, elements: Iterable[Element]) -> bytes:
-        """NFTA_SET_ELEM_LIST_TABLE, _SET and _ELEMENTS."""
+        """Elements of a set: what names it, and NFTA_SET_ELEM_LIST_ELEMENTS."""
         items = b"".join(
             nested(1, nested(1, attribute(1, key)), nested(2, attribute(1, data)) if data else b"")
             for key, data in elements
         )
-        return self._table + attribute(2, name.encode() + b"\0") + nested(3, items)
+        return self._set(name) + nested(3, items)
 
-    def _transact(self, requests: list[tuple[int, int, bytes]]) -> None:
-        """Send one batch and read what the kernel says to it; the answers are there when `send` returns."""
+    def _set(self, name: str) -> bytes:
+        """NFTA_SET_ELEM_LIST_TABLE and _SET; with no elements behind them, all are meant."""
+        return self._table + attribute(2, name.encode() + b"\0")
+
+    def _transact(self, requests: list[tuple[int, int, bytes]]) -> list[bytes]:
+        """Send one batch and read what the kernel says to it; the answers are there when `send` returns.
+
+        Returned is what removals with ECHO have told, as messages.
+        """
         if not requests:
-            return
+            return []
         parts = [_BATCH_BEGIN]
         first, last = self._sequence, self._sequence + len(requests) - 1
         self._sequence += len(requests)
@@ -118,20 +174,42 @@ class NftSocket:
             wanted = REQUEST | ACK if sequence == last else REQUEST
             parts.append(message(kind, wanted | flags, _INET, 0, body, sequence))
         self._socket.send(b"".join((*parts, _BATCH_END)))
-        self._read_answers(first, last)
+        return self._read_answers(first, last)
 
-    def _read_answers(self, first: int, last: int) -> None:
+    def _read_answers(self, first: int, last: int) -> list[bytes]:
         """Read the answers up to that of the last request; raise the first error there is."""
         failure = 0
+        told: list[bytes] = []
         while True:
             try:
                 data = self._socket.recv(LARGEST_READ)
             except BlockingIOError:
                 raise refused(failure or errno.ETIMEDOUT) from None
-            for kind, sequence, at, _ in messages(data):
-                if kind == ERROR and sequence >= first:
+            for kind, sequence, at, end in messages(data):
+                if kind == _DELETE_ELEMENTS:
+                    told.append(data[at:end])
+                elif kind == ERROR and sequence >= first:
                     failure = failure or error_of(data, at)
                     if sequence == last:
                         if failure:
                             raise refused(failure)
-                        return
+                        return told
+
+
+def _counted(told: Iterable[bytes]) -> dict[tuple[str, bytes], ElementCounts]:
+    """The counters in messages about elements, by set and key."""
+    found: dict[tuple[str, bytes], ElementCounts] = {}
+    for data in told:
+        about = attributes(data, BODY_AT, len(data))
+        name = _value(data, about[_NAME]).rstrip(b"\0").decode()
+        for _, element in attribute_list(data, *about[_ELEMENTS]):
+            parts = attributes(data, *element)
+            key = _value(data, attributes(data, *parts[_KEY])[_VALUE])
+            counter = attributes(data, *attributes(data, *parts[_EXPRESSION])[_EXPRESSION_DATA])
+            packets, size = (int.from_bytes(_value(data, counter[kind]), "big") for kind in (_PACKETS, _BYTES))
+            found[name, key] = ElementCounts(packets, size)
+    return found
+
+
+def _value(data: bytes, place: tuple[int, int]) -> bytes:
+    return data[slice(*place)]

@@ -5,7 +5,8 @@ kernel_nat.py, which asks for each packet that a rule redirects whether the map 
 element of its own.
 
 An element stays until rules change, or until it is in the way: another endpoint is wanted for its key, or a packet that
-carries the mark is to keep its destination. A key that the kernel would not take is left alone from then on.
+carries the mark is to keep its destination. A key that the kernel would not take is left alone from then on. Before an
+element goes, the kernel stops to answer by itself (answered.py): it would lead packets to what is no longer there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import lru_cache
 from typing import Final
 
 from nfq_engine.core.packet import Endpoint, Protocol
+from nfq_engine.shell.answered import Answered
 from nfq_engine.shell.divert import REDIRECTS
 from nfq_engine.shell.narrowing import endpoint_key, protocol_key
 from nfq_engine.shell.nftables import Element, NftSocket
@@ -41,8 +43,9 @@ def _key_of(interface: int, protocol: Protocol, size: int, port: int) -> Key:
 class Redirects:
     """The elements of the maps `redirect`."""
 
-    def __init__(self, nft: NftSocket) -> None:
+    def __init__(self, nft: NftSocket, answered: Answered) -> None:
         self._nft = nft
+        self._answered = answered
         self._present: dict[Key, Endpoint] = {}
         self._claimed: dict[Key, Endpoint] = {}  # by packets that are held back
         self._doubtful: set[Key] = set()  # the kernel refused them, or has not said that it took them
@@ -65,7 +68,7 @@ class Redirects:
         self._claimed.clear()
 
     def in_the_way(self, wanted: dict[Key, Endpoint]) -> dict[str, list[bytes]]:
-        """The elements to take out before these are put in, by map."""
+        """The elements to take out before these are put in, by map; and before that, what the kernel answers."""
         return _by_map(key for key, to in wanted.items() if self._present.get(key, to) != to)
 
     def are_put(self, wanted: dict[Key, Endpoint]) -> None:
@@ -82,6 +85,8 @@ class Redirects:
         """Take out what would lead a packet elsewhere that is to keep its destination; False: that failed."""
         if key not in self._present and key not in self._doubtful:
             return True
+        if not self._answered.withdraw():
+            return False
         name, inside = key
         try:
             self._nft.change({}, {name: [inside]})
@@ -93,7 +98,7 @@ class Redirects:
 
     def clear(self) -> None:
         """Take all elements out: other rules may want something else."""
-        if not self._present:
+        if not self._answered.withdraw() or not self._present:
             return
         try:
             self._nft.change({}, _by_map(self._present))

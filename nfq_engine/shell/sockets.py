@@ -20,13 +20,19 @@ from typing import Final
 
 from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.core.sockopt import Socket
+from nfq_engine.shell import netlink
 
 SO_COOKIE: Final = 57
 _SIOCGSKNS: Final = 0x894C
 _CAP_NET_ADMIN: Final = 1 << 12
 
 _NETLINK_SOCK_DIAG: Final = 4
-_DESTROY_GROUPS: Final = 0b1111  # TCP, UDP, TCP over IPv6, UDP over IPv6 (linux/sock_diag.h, enum sknetlink_groups)
+_DESTROY_GROUPS: Final = (
+    1,
+    2,
+    3,
+    4,
+)  # TCP, UDP, TCP over IPv6, UDP over IPv6 (linux/sock_diag.h, enum sknetlink_groups)
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _DUMP: Final = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _NLMSG_ERROR: Final = 2
@@ -150,17 +156,27 @@ def _is_connected(handed: socket.socket) -> bool:
 
 
 class DestroyedSockets:
-    """The news of closed sockets: the kernel multicasts every destroyed TCP and UDP socket of the namespace."""
+    """The news of closed sockets: the kernel multicasts every destroyed TCP and UDP socket of the namespace.
+
+    Nothing is heard until somebody wants to, as each costs the kernel and us some 20 µs.
+    """
 
     def __init__(self) -> None:
         self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
         self._news.setblocking(False)
         self._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._news.bind((0, _DESTROY_GROUPS))
+        self._news.bind((0, 0))  # what has no port is never told anything (af_netlink.c, do_one_broadcast)
+        self._is_listening = False
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when a socket was destroyed."""
         return self._news.fileno()
+
+    def listen(self, *, wanted: bool) -> None:
+        """Hear of the sockets that are destroyed from now on, or of none any more."""
+        if wanted is not self._is_listening:
+            netlink.listen(self._news, _DESTROY_GROUPS, wanted=wanted)
+            self._is_listening = wanted
 
     def read(self) -> set[int] | None:
         """The cookies of the sockets destroyed since the last call; None when news was lost: ask `living`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from nfq_engine.client import Tproxy
 from testbed.lab import Lab, NodeHandle
+from testbed.topology import Readiness
 from testbed.topology_file import loads
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -106,6 +107,13 @@ class EngineLab:
         lines = self.gateway.run(["conntrack", "-L"]).stdout.splitlines()
         lines += self.gateway.run(["conntrack", "-L", "-f", "ipv6"]).stdout.splitlines()
         return [line for line in lines if all(word in line.split() for word in words)]
+
+    def start_engine(self, rules: Sequence[str]) -> None:
+        """Start another engine of the kernel datapath in the gateway."""
+        path = self.lab.directory / "again.rules"
+        path.write_text("\n".join(["*tproxy", *rules, "COMMIT", ""]))
+        command = ["tproxyd", "--datapath", "kernel", "--ruleset", str(path), "--notify-fd", "{notify_fd}"]
+        self.gateway.start("tproxyd", command, Readiness(notify=True))
 
     def rules(self, *arguments: str) -> None:
         """Change the ruleset."""

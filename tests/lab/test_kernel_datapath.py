@@ -564,121 +564,6 @@ def test_where_the_map_for_redirects_takes_no_more_a_packet_is_dropped_and_the_n
     assert lab.reasons("PREROUTING") == {"map-full": 1, "redirect": 1}
 
 
-# Connections that a rule redirects like others before them.
-
-
-def redirected(lab: EngineLab, proxy: socket.socket, version: int = 4, port: int = 80) -> None:
-    """Connect once more, and arrive there."""
-    near = lab.open(lab.client, TCP, version)
-    near.connect((lab.server.address(version), port))
-    far, peer = proxy.accept()
-    far.close()
-    assert peer[:2] == near.getsockname()[:2]
-
-
-@versions
-def test_the_next_connection_needs_no_element_of_its_own(lab: EngineLab, version: int) -> None:
-    proxy = lab.bound(lab.gateway, TCP, ANY[version], 50080, listen=True)
-    for _ in range(3):
-        redirected(lab, proxy, version)
-    assert lab.reasons("PREROUTING") == {"redirect": 3}
-    table = json.loads(lab.gateway.run(["nft", "-j", "list", "table", "inet", "nfq_tproxy"]).stdout)
-    maps = {each["map"]["name"]: each["map"].get("elem", []) for each in table["nftables"] if "map" in each}
-    assert len(maps[f"redirect{version}"]) == 1
-    assert maps[f"destination{version}"] == []
-    assert re.search(
-        r"^\[3:\d+\] -A PREROUTING -p tcp", lab.gateway.run(["tproxyctl", "save", "-c"]).stdout, re.MULTILINE
-    )
-
-
-def test_other_rules_hold_from_the_next_connection_on(lab: EngineLab) -> None:
-    before = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
-    after = lab.bound(lab.gateway, TCP, ANY[4], 50081, listen=True)
-    redirected(lab, before)
-    redirected(lab, before)
-    lab.rules(*["-I", "PREROUTING", "-p", "tcp", "-m", "tcp", "--dport", "80", "-j", "TPROXY", "--on-port", "50081"])
-    redirected(lab, after)
-    redirected(lab, after)
-    lab.rules("-D", "PREROUTING", "1")
-    redirected(lab, before)
-
-
-def test_rules_that_tell_sources_apart_do_so_every_time(lab: EngineLab) -> None:
-    """Both want the same element, by turns and at once."""
-    rule = "-I PREROUTING -p tcp -m tcp --sport 40000:40009 --dport 80 -j TPROXY --on-port 50081"
-    lab.rules(*rule.split())
-    usual = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
-    special = lab.bound(lab.gateway, TCP, ANY[4], 50081, listen=True)
-    nears = []
-    for number in range(10):
-        nears.append(lab.bound(lab.client, TCP, lab.client.address(), (40000, 41000)[number % 2] + number))
-        nears[-1].setblocking(False)
-    for near in nears:
-        near.connect_ex((lab.server.address(), 80))
-    for proxy, first in ((usual, 41000), (special, 40000)):
-        arrived = []
-        for _ in range(5):
-            far, peer = proxy.accept()
-            far.close()
-            arrived.append(peer[1] // 1000 * 1000)
-        assert arrived == [first] * 5
-
-
-def test_what_is_marked_only_keeps_its_destination_beside_redirects(lab: EngineLab) -> None:
-    """The mark has it looked for in the maps, where redirects have left an element for port 80."""
-    proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
-    own = lab.bound(lab.gateway, TCP, lab.gateway.address(4, "eth0"), 80, listen=True)
-    lab.tproxy.assign(own, "0.0.0.0")
-    for _ in range(2):
-        redirected(lab, proxy)
-        near = lab.open(lab.client, TCP)
-        near.connect((lab.gateway.address(4, "eth0"), 80))
-        own.accept()[0].close()
-    assert lab.reasons("PREROUTING") == {"redirect": 2, "mark-only": 2}
-
-
-def test_beside_a_one_way_listener_only_first_datagrams_are_queued(lab: EngineLab) -> None:
-    """The listener is narrowed to one peer; the others' datagrams to its foreign endpoint are redirected by a rule."""
-    listener = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 7000)
-    lab.tproxy.assign(listener, lab.server.address(), 80)
-    lab.tproxy.connect(listener, "10.99.99.99", 9)
-    lab.tproxy.set_flags(listener, Flag.LISTEN | Flag.UNIDIR)
-    proxy = lab.bound(lab.gateway, UDP, lab.gateway.address(4, "eth0"), 50080)
-    peers = [lab.open(lab.client, UDP) for _ in range(2)]
-    for peer in peers:
-        peer.connect((lab.server.address(), 80))
-        peer.send(b"first")
-        data, name = proxy.recvfrom(10)
-        proxy.sendto(data, name)
-        assert peer.recv(10) == b"first"
-    before = lab.queued()
-    for peer in peers:
-        peer.send(b"second")
-        assert proxy.recv(10) == b"second"
-    assert lab.queued() == before
-
-
-def test_an_interface_that_has_another_address_first_is_noticed(lab: EngineLab) -> None:
-    proxy = lab.bound(lab.gateway, TCP, ANY[4], 50080, listen=True)
-    first = lab.gateway.address(4, "eth0")
-    assert redirected_to(lab, proxy) == first
-    assert redirected_to(lab, proxy) == first
-    lab.gateway.run(["ip", "addr", "del", f"{first}/24", "dev", "eth0"])
-    lab.gateway.run(["ip", "addr", "add", "10.99.0.1/32", "dev", "eth0"])
-    lab.gateway.run(["ip", "addr", "add", f"{first}/24", "dev", "eth0"])
-    assert redirected_to(lab, proxy) == "10.99.0.1"
-
-
-def redirected_to(lab: EngineLab, proxy: socket.socket) -> str:
-    """Connect once more; the address that the connection came to."""
-    near = lab.open(lab.client, TCP)
-    near.connect((lab.server.address(), 80))
-    far, _ = proxy.accept()
-    with far:
-        address: str = far.getsockname()[0]
-    return address
-
-
 @versions
 def test_killed_engine_keeps_connections_and_the_next_one_adopts_them(lab: EngineLab, version: int) -> None:
     proxy = lab.bound(lab.gateway, TCP, ANY[version], 50080, listen=True)
@@ -696,21 +581,13 @@ def test_killed_engine_keeps_connections_and_the_next_one_adopts_them(lab: Engin
         late.close()  # or its SYN, sent again, would reach the next engine
         handle = lab.gateway.run(["nft", "-a", "list", "tables"]).stdout
         rule = "-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 50080"
-        start_engine(lab, [rule])
+        lab.start_engine([rule])
         assert lab.gateway.run(["nft", "-a", "list", "tables"]).stdout == handle
         exchange(near, far, 100_000)
         assert len(lab.ask("connections")) == 1
     again = lab.open(lab.client, TCP, version)
     again.connect((lab.server.address(version), 80))
     proxy.accept()[0].close()
-
-
-def start_engine(lab: EngineLab, rules: list[str], *options: str) -> None:
-    """Start another engine in the gateway."""
-    path = lab.lab.directory / "again.rules"
-    path.write_text("\n".join(["*tproxy", *rules, "COMMIT", ""]))
-    command = ["tproxyd", "--datapath", "kernel", "--ruleset", str(path), "--notify-fd", "{notify_fd}", *options]
-    lab.gateway.start("tproxyd", command, Readiness(notify=True))
 
 
 def test_killed_engine_that_fails_open_lets_new_connections_pass(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""What the sets `answered` have: first packets of TCP that the kernel itself sends where rules said, without the queue.
+
+Owns: which of their elements are there, and what the kernel has counted at them. Must not know packets or decide
+anything. Place: beside redirects.py; kernel_nat.py tells what was answered, and when answers hold no more.
+
+An element stands for an interface, a family and a destination port. It is put in when the rules have said the same of
+two connections and ask for nothing else (`Known.is_for_all`), and its redirect is in the map `redirect`. Behind the
+sockrefs' own sets, it marks a packet like an engine that was asked. The kernel counts at each element; what it counted
+is added to the rules' tallies and the engine's counters before anybody looks at those.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from nfq_engine.core.known_redirects import Known
+from nfq_engine.shell.divert import ANSWERED, REDIRECTS
+from nfq_engine.shell.nftables import Element, ElementCounts, NftSocket
+
+log: Final = logging.getLogger("tproxyd")
+
+Answer = tuple[str, bytes]  # the set, and the key in it
+
+
+class Answered:
+    """The elements of the sets `answered`. `count` is told of each redirect that the kernel made: how many packets."""
+
+    def __init__(self, nft: NftSocket, count: Callable[[int], None]) -> None:
+        self._nft = nft
+        self._count = count
+        self._proposed: dict[Answer, Known] = {}
+        self._present: dict[Answer, Known] = {}
+        self._collected: dict[Answer, ElementCounts] = {}  # what has been added to the tallies already
+        self._is_outdated = False
+
+    def __bool__(self) -> bool:
+        return bool(self._present)
+
+    def propose(self, interface: int, known: Known) -> None:
+        """The rules say of all packets that come in on an interface what they said of the last."""
+        if len(self._present) + len(self._proposed) < REDIRECTS:
+            name = ANSWERED[0] if len(known.to.address) == 4 else ANSWERED[1]
+            port = known.destination.port.to_bytes(2, "big") + b"\0\0"
+            self._proposed[name, interface.to_bytes(4, sys.byteorder) + port] = known
+
+    def outdate(self) -> None:
+        """What was proposed or answered may hold no more: `adjust` is to take it out."""
+        self._is_outdated = True
+
+    def adjust(self) -> None:
+        """Have the kernel answer what was proposed, or nothing more if answers are out of date."""
+        if self._is_outdated:
+            self.withdraw()
+        elif self._proposed:
+            self._put()
+
+    def withdraw(self) -> bool:
+        """Have the kernel answer nothing; False: it refused, and still answers."""
+        self._proposed.clear()
+        if self._present:
+            try:
+                counted = self._nft.empty(ANSWERED)
+            except OSError as error:
+                log.error("the sets `answered` could not be emptied: %s", error.strerror)
+                self._is_outdated = True
+                return False
+            self._add(counted)
+            self._present.clear()
+            self._collected.clear()
+        self._is_outdated = False
+        return True
+
+    def collect(self) -> None:
+        """Add what the kernel has counted since the last time."""
+        for name in {name for name, _ in self._present}:
+            try:
+                self._add({(name, key): counts for key, counts in self._nft.counts(name).items()})
+            except OSError as error:
+                log.error("what the kernel redirected could not be counted: %s", error.strerror)
+
+    def _put(self) -> None:
+        proposed, self._proposed = self._proposed, {}
+        fresh = {answer: known for answer, known in proposed.items() if answer not in self._present}
+        wanted: dict[str, list[Element]] = {}
+        for name, key in fresh:
+            wanted.setdefault(name, []).append((key, b""))
+        self._present |= fresh
+        try:
+            self._nft.change(wanted)
+        except OSError as error:
+            log.info("the kernel does not answer for the rules: %s", error.strerror)
+            self.outdate()  # perhaps it does, and only did not acknowledge
+
+    def _add(self, counted: dict[Answer, ElementCounts]) -> None:
+        for answer, counts in counted.items():
+            before = self._collected.get(answer, ElementCounts())
+            packets = counts.packets - before.packets
+            if packets and answer in self._present:
+                self._present[answer].count(counts.bytes - before.bytes, packets)
+                self._count(packets)
+                self._collected[answer] = counts
