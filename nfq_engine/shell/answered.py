@@ -6,18 +6,20 @@ anything. Place: beside redirects.py; kernel_nat.py tells what was answered, and
 An element stands for an interface, a family and a destination port. It is put in when the rules have said the same of
 two connections and ask for nothing else (`Known.is_for_all`), and its redirect is in the map `redirect`. Behind the
 sockrefs' own sets, it marks a packet like an engine that was asked. The kernel counts at each element; what it counted
-is added to the rules' tallies and the engine's counters before anybody looks at those.
+is added to the rules' tallies and the engine's counters before anybody looks at those. Elements time out when no engine
+renews them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from typing import Final
 
 from nfq_engine.core.known_redirects import Known
-from nfq_engine.shell.divert import ANSWERED, REDIRECTS
+from nfq_engine.shell.divert import ANSWER_LIFE, ANSWERED, REDIRECTS
 from nfq_engine.shell.nftables import Element, ElementCounts, NftSocket
 
 log: Final = logging.getLogger("tproxyd")
@@ -35,6 +37,7 @@ class Answered:
         self._present: dict[Answer, Known] = {}
         self._collected: dict[Answer, ElementCounts] = {}  # what has been added to the tallies already
         self._is_outdated = False
+        self._renewal = math.inf  # when the elements are to be put in again
 
     def __bool__(self) -> bool:
         return bool(self._present)
@@ -50,28 +53,22 @@ class Answered:
         """What was proposed or answered may hold no more: `adjust` is to take it out."""
         self._is_outdated = True
 
-    def adjust(self) -> None:
-        """Have the kernel answer what was proposed, or nothing more if answers are out of date."""
+    def adjust(self, now: float) -> None:
+        """Have the kernel answer what was proposed, and go on to answer, or nothing more if answers are out of date."""
         if self._is_outdated:
             self.withdraw()
-        elif self._proposed:
-            self._put()
+        elif self._proposed or now >= self._renewal:
+            self._renewal = now + ANSWER_LIFE / 3
+            self._refill(self._present | self._proposed)
 
     def withdraw(self) -> bool:
         """Have the kernel answer nothing; False: it refused, and still answers."""
-        self._proposed.clear()
-        if self._present:
-            try:
-                counted = self._nft.empty(ANSWERED)
-            except OSError as error:
-                log.error("the sets `answered` could not be emptied: %s", error.strerror)
-                self._is_outdated = True
-                return False
-            self._add(counted)
-            self._present.clear()
-            self._collected.clear()
-        self._is_outdated = False
-        return True
+        if not self._present:
+            self._proposed.clear()
+            self._is_outdated = False
+            return True
+        self._renewal = math.inf
+        return self._refill({})
 
     def collect(self) -> None:
         """Add what the kernel has counted since the last time."""
@@ -81,18 +78,23 @@ class Answered:
             except OSError as error:
                 log.error("what the kernel redirected could not be counted: %s", error.strerror)
 
-    def _put(self) -> None:
-        proposed, self._proposed = self._proposed, {}
-        fresh = {answer: known for answer, known in proposed.items() if answer not in self._present}
-        wanted: dict[str, list[Element]] = {}
-        for name, key in fresh:
-            wanted.setdefault(name, []).append((key, b""))
-        self._present |= fresh
+    def _refill(self, wanted: dict[Answer, Known]) -> bool:
+        """Have the kernel answer this and nothing else; False: it does not say that it does."""
+        self._proposed = {}
+        added: dict[str, list[Element]] = {}
+        for name, key in wanted:
+            added.setdefault(name, []).append((key, b""))
         try:
-            self._nft.change(wanted)
+            counted = self._nft.refill(ANSWERED, added)
         except OSError as error:
-            log.info("the kernel does not answer for the rules: %s", error.strerror)
-            self.outdate()  # perhaps it does, and only did not acknowledge
+            log.error("the sets `answered` could not be changed: %s", error.strerror)
+            self._present |= wanted
+            self._is_outdated = True
+            return False
+        self._add(counted)
+        self._present, self._collected = wanted, {}
+        self._is_outdated = False
+        return True
 
     def _add(self, counted: dict[Answer, ElementCounts]) -> None:
         for answer, counts in counted.items():

@@ -81,8 +81,11 @@ _SETS: Final = {
     },
 }
 REDIRECTS: Final = 4096  # elements of a map `redirect`
-_LASTING: Final = f"size {REDIRECTS}"
-_COUNTING: Final = f"{_LASTING}; counter"
+# Elements that are renewed while there is an engine. An answer must never outlive the redirect that it relies on.
+REDIRECT_LIFE: Final = 120  # seconds
+ANSWER_LIFE: Final = 60
+_LASTING: Final = f"flags timeout; timeout {REDIRECT_LIFE}s; size {REDIRECTS}"
+_COUNTING: Final = f"flags timeout; timeout {ANSWER_LIFE}s; size {REDIRECTS}; counter"
 _PASSING: Final = "flags timeout; timeout 10s; size 65536"  # each is there for the packets of one turn
 _UNCONFIRMED: Final = "ct status & 8 == 0"  # IPS_CONFIRMED: set when the first packet has passed all hooks
 # An ICMP error of this host's own about a first packet that it could not forward shares that packet's conntrack entry,

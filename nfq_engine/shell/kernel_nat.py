@@ -112,7 +112,9 @@ class KernelDatapath(Datapath):
             self._redirects.clear()
         if self.is_traced:
             self._answered.withdraw()
-        self._answered.adjust()
+        now = time.monotonic()
+        self._redirects.adjust(now)  # first, as what is answered has to outlive nothing that it relies on
+        self._answered.adjust(now)
         if self._answered:
             self._clear()  # nobody sees to it that a packet which is answered does not find what another one left
         self._diversion.adjust()

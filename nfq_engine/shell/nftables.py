@@ -103,12 +103,16 @@ class NftSocket:
         requests += [(_NEW_ELEMENTS, CREATE, self._elements(name, elements)) for name, elements in added.items()]
         self._transact(requests)
 
-    def empty(self, names: Iterable[str]) -> dict[tuple[str, bytes], ElementCounts]:
-        """Remove all elements of sets that have counters; what each had counted when it went, by set and key.
+    def refill(
+        self, names: Iterable[str], added: Mapping[str, Iterable[Element]]
+    ) -> dict[tuple[str, bytes], ElementCounts]:
+        """Replace all elements of sets; what each had counted when it went, by set and key, where there are counters.
 
         All or nothing; OSError as `change` raises it.
         """
-        return _counted(self._transact([(_DELETE_ELEMENTS, ECHO, self._set(name)) for name in names]))
+        requests = [(_DELETE_ELEMENTS, ECHO, self._set(name)) for name in names]
+        requests += [(_NEW_ELEMENTS, CREATE, self._elements(name, elements)) for name, elements in added.items()]
+        return _counted(self._transact(requests))
 
     def counts(self, name: str) -> dict[bytes, ElementCounts]:
         """What the elements of a set have counted so far, by key; OSError when the kernel cannot tell."""
@@ -204,6 +208,8 @@ def _counted(told: Iterable[bytes]) -> dict[tuple[str, bytes], ElementCounts]:
         name = _value(data, about[_NAME]).rstrip(b"\0").decode()
         for _, element in attribute_list(data, *about[_ELEMENTS]):
             parts = attributes(data, *element)
+            if _EXPRESSION not in parts:
+                continue
             key = _value(data, attributes(data, *parts[_KEY])[_VALUE])
             counter = attributes(data, *attributes(data, *parts[_EXPRESSION])[_EXPRESSION_DATA])
             packets, size = (int.from_bytes(_value(data, counter[kind]), "big") for kind in (_PACKETS, _BYTES))

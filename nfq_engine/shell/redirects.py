@@ -4,9 +4,10 @@ Owns: which of their elements are there, which are about to be. Must not know pa
 kernel_nat.py, which asks for each packet that a rule redirects whether the map leads it there already: then it needs no
 element of its own.
 
-An element stays until rules change, or until it is in the way: another endpoint is wanted for its key, or a packet that
-carries the mark is to keep its destination. A key that the kernel would not take is left alone from then on. Before an
-element goes, the kernel stops to answer by itself (answered.py): it would lead packets to what is no longer there.
+An element stays, renewed again and again, until rules change, or until it is in the way: another endpoint is wanted for
+its key, or a packet that carries the mark is to keep its destination. A key that the kernel would not take is left
+alone from then on. Before an element goes, the kernel stops to answer by itself (answered.py): it would lead packets to what
+is no longer there.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
 from nfq_engine.core.packet import Endpoint, Protocol
 from nfq_engine.shell.answered import Answered
-from nfq_engine.shell.divert import REDIRECTS
+from nfq_engine.shell.divert import REDIRECT_LIFE, REDIRECTS
 from nfq_engine.shell.narrowing import endpoint_key, protocol_key
 from nfq_engine.shell.nftables import Element, NftSocket
 
 log: Final = logging.getLogger("tproxyd")
+
+_MAPS: Final = ("redirect4", "redirect6")
+_RENEWAL: Final = REDIRECT_LIFE / 6  # seconds between two renewals
 
 Key = tuple[str, bytes]  # the map, and the key in it
 
@@ -48,11 +53,13 @@ class Redirects:
         self._answered = answered
         self._present: dict[Key, Endpoint] = {}
         self._claimed: dict[Key, Endpoint] = {}  # by packets that are held back
+        self._renewal = 0.0  # when the elements are to be put in again
+        self._until = 0.0  # until then they are all there: an engine may have been stopped for long
         self._doubtful: set[Key] = set()  # the kernel refused them, or has not said that it took them
 
     def lead(self, key: Key, to: Endpoint) -> bool:
         """Does the map lead there, and will it when the packets that are held back are let go?"""
-        return self._present.get(key) == to and key not in self._claimed
+        return self._present.get(key) == to and key not in self._claimed and time.monotonic() < self._until
 
     def claim(self, key: Key, to: Endpoint) -> bool:
         """May the map be made to lead there for a packet that is held back?"""
@@ -73,7 +80,20 @@ class Redirects:
 
     def are_put(self, wanted: dict[Key, Endpoint]) -> None:
         """These are in the maps."""
+        if not self._present:
+            self._set_times(time.monotonic())
         self._present |= wanted
+
+    def adjust(self, now: float) -> None:
+        """Let the elements go on living."""
+        if self._present and now >= self._renewal:
+            try:
+                self._nft.refill(_MAPS, elements(self._present))
+            except OSError as error:
+                log.error("the maps `redirect` could not be renewed: %s", error.strerror)
+                self._renewal = now + _RENEWAL
+            else:
+                self._set_times(now)
 
     def are_refused(self, wanted: dict[Key, Endpoint]) -> None:
         """The kernel did not take these."""
@@ -101,11 +121,14 @@ class Redirects:
         if not self._answered.withdraw() or not self._present:
             return
         try:
-            self._nft.change({}, _by_map(self._present))
+            self._nft.refill(_MAPS, {})
         except OSError as error:
             log.error("the maps `redirect` could not be emptied: %s", error.strerror)
             return  # they are still known, so they lead nobody astray
         self._present.clear()
+
+    def _set_times(self, now: float) -> None:
+        self._renewal, self._until = now + _RENEWAL, now + REDIRECT_LIFE - 1
 
 
 def elements(wanted: dict[Key, Endpoint]) -> dict[str, list[Element]]:

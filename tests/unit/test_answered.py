@@ -17,6 +17,7 @@ from nfq_engine.core.packet import Protocol
 from nfq_engine.core.rule_values import Tally
 from nfq_engine.shell import netlink, nftables
 from nfq_engine.shell.answered import Answered
+from nfq_engine.shell.divert import ANSWER_LIFE
 from nfq_engine.shell.nftables import Element, ElementCounts, NftSocket
 from nfq_engine.shell.redirects import Redirects, key_of
 
@@ -31,16 +32,14 @@ class FakeNft(NftSocket):
     elements: dict[bytes, ElementCounts] = field(default_factory=dict)
     refuses: bool = False
 
-    def change(
-        self, added: Mapping[str, Iterable[Element]], removed: Mapping[str, Iterable[bytes]] | None = None
-    ) -> None:
+    def refill(
+        self, names: Iterable[str], added: Mapping[str, Iterable[Element]]
+    ) -> dict[tuple[str, bytes], ElementCounts]:
         self._may_refuse()
-        self.elements |= {key: ElementCounts() for each in added.values() for key, _ in each}
-
-    def empty(self, names: Iterable[str]) -> dict[tuple[str, bytes], ElementCounts]:
-        self._may_refuse()
+        if SET not in names:
+            return {}
         counted = {(SET, key): counts for key, counts in self.elements.items()}
-        self.elements.clear()
+        self.elements = {key: ElementCounts() for each in added.values() for key, _ in each}
         return counted
 
     def counts(self, name: str) -> dict[bytes, ElementCounts]:
@@ -64,7 +63,7 @@ class Scene:
         self.answered = Answered(self.nft, self.counted.append)
         known = Known(endpoint("gateway", 50080), endpoint("server", 80), (self.tally,), is_for_all=True)
         self.answered.propose(2, known)
-        self.answered.adjust()
+        self.answered.adjust(0.0)
         assert list(self.nft.elements) == [KEY]
 
 
@@ -81,6 +80,16 @@ def test_what_the_kernel_counts_is_added_once() -> None:
     assert not scene.answered
 
 
+def test_what_is_renewed_is_counted_once() -> None:
+    scene = Scene()
+    scene.nft.elements[KEY] = ElementCounts(3, 180)
+    scene.answered.adjust(ANSWER_LIFE / 2)
+    assert scene.nft.elements == {KEY: ElementCounts()}
+    scene.nft.elements[KEY] = ElementCounts(1, 60)
+    scene.answered.collect()
+    assert (scene.tally, scene.counted) == (Tally(4, 240), [3, 1])
+
+
 def test_what_the_kernel_does_not_take_back_is_tried_again_and_its_redirect_stays_so_long() -> None:
     scene = Scene()
     redirects = Redirects(scene.nft, scene.answered)
@@ -92,7 +101,7 @@ def test_what_the_kernel_does_not_take_back_is_tried_again_and_its_redirect_stay
     assert redirects.lead(key, to)
     assert scene.nft.elements
     scene.nft.refuses = False
-    scene.answered.adjust()
+    scene.answered.adjust(0.0)
     assert not scene.nft.elements
     redirects.clear()
     assert not redirects.lead(key, to)
@@ -102,10 +111,10 @@ def test_what_the_kernel_may_have_taken_without_a_word_is_taken_back() -> None:
     nft = FakeNft(refuses=True)
     answered = Answered(nft, lambda _: None)
     answered.propose(2, Known(endpoint("gateway", 50080), endpoint("server", 80), (), is_for_all=True))
-    answered.adjust()
+    answered.adjust(0.0)
     nft.elements[KEY] = ElementCounts()
     nft.refuses = False
-    answered.adjust()
+    answered.adjust(0.0)
     assert not nft.elements
 
 
@@ -127,7 +136,7 @@ def test_counts_are_read_from_messages(monkeypatch: pytest.MonkeyPatch, kind: in
         far.send(told)
         far.send(end)
         nft = NftSocket("table")
-        found = nft.counts(SET) if kind == 12 else {key: each for (_, key), each in nft.empty([SET]).items()}
+        found = nft.counts(SET) if kind == 12 else {key: each for (_, key), each in nft.refill([SET], {}).items()}
     assert found == {KEY: ElementCounts(2, 120), KEY[::-1]: ElementCounts(2, 120)}
 
 
