@@ -6,8 +6,8 @@ element of its own.
 
 An element stays, renewed again and again, until rules change, or until it is in the way: another endpoint is wanted for
 its key, or a packet that carries the mark is to keep its destination. A key that the kernel would not take is left
-alone from then on. Before an element goes, the kernel stops to answer by itself (answered.py): it would lead packets to what
-is no longer there.
+alone from then on. Before an element goes, the kernel stops to answer by itself (answered.py): it would lead packets to
+what is no longer there.
 """
 
 from __future__ import annotations
