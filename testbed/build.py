@@ -25,12 +25,14 @@ from functools import partial
 from itertools import groupby
 from typing import Final
 
-from testbed import rtnetlink
+from testbed import rtnetlink, tc
+from testbed.impair import disciplines
 from testbed.netns import Namespace
 from testbed.plan import (
     AddAddress,
     AddRoute,
     Configure,
+    Impair,
     JoinBridge,
     LoadRules,
     MakeBridge,
@@ -38,6 +40,7 @@ from testbed.plan import (
     MakeNamespace,
     NetlinkOperation,
     Operation,
+    Redirect,
     SetUp,
     StopOffload,
     WaitReady,
@@ -108,7 +111,7 @@ class Builder:
         """Carry out what comes in a row for one node: netlink messages in batches, the rest one by one."""
         for is_netlink, group in groupby(operations, key=lambda operation: isinstance(operation, NetlinkOperation)):
             if is_netlink:
-                batch = [(operation, self._request(node, operation)) for operation in group]
+                batch = [(operation, request) for operation in group for request in self._requests(node, operation)]
                 _send(self.sites[node].netlink, batch)
                 continue
             for operation in group:
@@ -154,8 +157,19 @@ class Builder:
             said = result.stderr.strip()
             raise BuildError(f"{operation.command[0]} refused the rules of {operation.node}: {said}")
 
+    def _requests(self, node: str, operation: Operation) -> list[rtnetlink.Request]:
+        """The netlink messages of an operation."""
+        indexes = self.sites[node].indexes
+        match operation:
+            case Redirect(_, interface, to):
+                return [tc.ingress(indexes[interface]), tc.redirect(indexes[interface], indexes[to])]
+            case Impair():
+                return _impairing(indexes[operation.interface], operation)
+            case _:
+                return [self._request(node, operation)]
+
     def _request(self, node: str, operation: Operation) -> rtnetlink.Request:
-        """The netlink message of an operation."""
+        """The netlink message of an operation that takes one."""
         indexes = self.sites[node].indexes
         match operation:
             case MakeBridge():
@@ -211,6 +225,16 @@ def _place(operation: Operation) -> str | None:
 def _mac(index: int) -> str:
     """A locally administered MAC address, made of an interface index."""
     return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
+
+
+def _impairing(interface: int, operation: Impair) -> list[rtnetlink.Request]:
+    """netem, tbf, or tbf inside netem."""
+    impairment = operation.impairment
+    wanted = disciplines(impairment)
+    requests = [tc.netem(interface, impairment, operation.sender)] if "netem" in wanted else []
+    if impairment.rate is not None:
+        requests.append(tc.tbf(interface, impairment.rate, operation.mtu, inside_netem="netem" in wanted))
+    return requests
 
 
 def _stop_offload(interface: str) -> None:

@@ -24,7 +24,8 @@ from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.diagram import diagram
-from testbed.lab import Lab, LabError
+from testbed.impair import notes
+from testbed.lab import Lab, LabError, kernel_means
 from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
@@ -88,7 +89,7 @@ def validate(file: Path) -> None:
 @_as_json
 def show_plan(file: Path, *, as_json: bool) -> None:
     """Print the operations that would build a lab, without building it."""
-    operations = plan(load(file))
+    operations = plan(load(file), kernel_means())
     if as_json:
         values = [{"operation": type(each).__name__, **dataclasses.asdict(each)} for each in operations]
         click.echo(json.dumps(values, indent=2, default=str))
@@ -124,6 +125,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
         if directory is None:
             shutil.rmtree(logs)
         raise
+    _tell_impairments(topology)
     if as_json:
         click.echo(json.dumps(_as_values(record)))
     else:
@@ -199,6 +201,7 @@ def run(file: Path, directory: Path | None, node: str | None, report: Path | Non
     click.echo(f"logs and captures: {logs}", err=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
     with Lab(topology, logs) as lab:
+        _tell_impairments(topology)
         if node is None:
             status = subprocess.run(command, check=False).returncode
         else:
@@ -215,6 +218,12 @@ def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
     """Become a command inside a node."""
     with record.namespace(node) as namespace, namespace.entered():
         os.execvpe(command[0], command, environment())
+
+
+def _tell_impairments(topology: Topology) -> None:
+    """Say who impairs the lab's links: the figures of one are not those of the other."""
+    for line in notes(topology, kernel_means()):
+        click.echo(line, err=True)
 
 
 def _directory(topology: Topology, directory: Path | None) -> Path:

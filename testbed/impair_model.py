@@ -16,7 +16,7 @@ from typing import Final
 from testbed.topology import Impairment
 
 _ETHERNET: Final = 14  # bytes of header; bits are flipped behind it, so that the frame still arrives
-_QUEUE: Final = 256 * 1024  # bytes that may wait in front of a limited rate
+QUEUE: Final = 256 * 1024  # bytes that may wait in front of a limited rate
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Direction:
         """`label`: the sending interface."""
         self.counts = Counts()
         self._impairment = impairment
-        self._random = random.Random(f"{impairment.seed} {label}")
+        self._random = random.Random(f"{impairment.seed or 0} {label}")
         self._free_at = 0.0  # when the last bit that waits in front of the rate will have been sent
 
     def departures(self, now: float, frame: bytes) -> list[Departure]:
@@ -83,7 +83,7 @@ class Direction:
         if rate is None:
             return now
         start = max(now, self._free_at)
-        if (start - now) * rate / 8 + length > _QUEUE:
+        if (start - now) * rate / 8 + length > QUEUE:
             return None
         self._free_at = start + length * 8 / rate
         return self._free_at

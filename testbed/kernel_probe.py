@@ -35,6 +35,7 @@ _NLMSG_ERROR: Final = 2
 _NLM_F_REQUEST: Final = 0x1
 _NLM_F_ACK: Final = 0x4
 _NLM_F_DUMP: Final = 0x300
+_NLM_F_REPLACE: Final = 0x100
 _NLM_F_CREATE: Final = 0x400
 _ANSWER_SECONDS: Final = 1.0
 
@@ -49,8 +50,11 @@ _CTNETLINK_GET: Final = 1 << 8 | 1
 
 _RTM_NEWLINK: Final = 16
 _RTM_NEWQDISC: Final = 36
+_RTM_NEWTFILTER: Final = 44
 _LOOPBACK: Final = 1
 _TC_H_ROOT: Final = 0xFFFFFFFF
+_TC_H_INGRESS: Final = 0xFFFFFFF1
+_TC_INGRESS_HANDLE: Final = 0xFFFF0000
 
 # linux/sock_diag.h: SKNLGRP_INET_TCP_DESTROY to SKNLGRP_INET6_UDP_DESTROY, as a mask
 _SOCKET_DESTROYED_GROUPS: Final = 0b1111
@@ -120,9 +124,31 @@ def _make_veth() -> None:
 
 def _make_netem() -> None:
     limit = struct.pack("=IIIIII", 0, 1000, 0, 0, 0, 0)  # struct tc_netem_qopt: no delay, no loss
-    qdisc = struct.pack("=BxxxiIII", socket.AF_UNSPEC, _LOOPBACK, 0, _TC_H_ROOT, 0)
-    body = qdisc + _attribute(1, b"netem\0") + _attribute(2, limit)
-    _ask(_NETLINK_ROUTE, _message(_RTM_NEWQDISC, _NLM_F_CREATE | _NLM_F_ACK, body))
+    _make_discipline("netem", _TC_H_ROOT, limit)
+
+
+def _make_tbf() -> None:
+    # struct tc_tbf_qopt: a megabyte a second on Ethernet, up to 10,000 bytes waiting; and bursts of 2,000 bytes
+    parameters = struct.pack("=BBHhHI12xIII", 0, 1, 0, 0, 0, 1_000_000, 10_000, 0, 0)
+    _make_discipline("tbf", _TC_H_ROOT, _attribute(1, parameters) + _attribute(6, struct.pack("=I", 2000)))
+
+
+def _make_redirect() -> None:
+    _make_discipline("ingress", _TC_H_INGRESS, b"")
+    # struct tc_mirred: what was received is gone from here, and leaves by lo
+    mirred = _attribute(2, struct.pack("=IIiiiiI", 0, 0, 4, 0, 0, 1, _LOOPBACK))
+    action = _attribute(1, b"mirred\0") + _attribute(2, mirred)
+    everything = struct.pack("=B15x", 1)  # struct tc_u32_sel: terminal, no keys
+    header = struct.pack("=BxxxiIII", socket.AF_UNSPEC, _LOOPBACK, 0, _TC_INGRESS_HANDLE, 1 << 16 | socket.htons(3))
+    options = _attribute(5, everything) + _attribute(7, _attribute(1, action))
+    body = header + _attribute(1, b"u32\0") + _attribute(2, options)
+    _ask(_NETLINK_ROUTE, _message(_RTM_NEWTFILTER, _NLM_F_CREATE | _NLM_F_ACK, body))
+
+
+def _make_discipline(kind: str, parent: int, options: bytes) -> None:
+    qdisc = struct.pack("=BxxxiIII", socket.AF_UNSPEC, _LOOPBACK, 0, parent, 0)
+    body = qdisc + _attribute(1, kind.encode() + b"\0") + _attribute(2, options)
+    _ask(_NETLINK_ROUTE, _message(_RTM_NEWQDISC, _NLM_F_CREATE | _NLM_F_REPLACE | _NLM_F_ACK, body))
 
 
 def _make_nft_chain() -> None:
@@ -336,10 +362,26 @@ FEATURES: Final = (
     Feature(
         name="netem",
         required=False,
-        needed_for="delay, loss and reordering on links",
+        needed_for="delay, loss and reordering on links, done by the kernel",
         remedy="CONFIG_NET_SCH_NETEM; on Ubuntu: apt install linux-modules-extra-$(uname -r)",
         cost="nothing: the testbed impairs links itself, in user space",
         trial=_make_netem,
+    ),
+    Feature(
+        name="tbf",
+        required=False,
+        needed_for="limited rates on links, done by the kernel",
+        remedy="CONFIG_NET_SCH_TBF",
+        cost="nothing: the testbed impairs links itself, in user space",
+        trial=_make_tbf,
+    ),
+    Feature(
+        name="tc-redirect",
+        required=False,
+        needed_for="links impaired by the kernel",
+        remedy="CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_U32, CONFIG_NET_ACT_MIRRED",
+        cost="nothing: the testbed impairs links itself, in user space",
+        trial=_make_redirect,
     ),
     Feature(
         name="tun",

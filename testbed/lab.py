@@ -19,13 +19,13 @@ from pyroute2 import IPRoute
 from testbed import capabilities
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
-from testbed.impair import WIRE, Stage, is_impaired
+from testbed.impair import KERNEL_MEANS, LOG, WIRE, Stage, is_impaired, kernel_counts, notes, why_in_user_space
 from testbed.impair_model import Counts
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.plan import plan
 from testbed.process import Program, ServiceError, environment, sweep, temporary_folder
-from testbed.topology import ENGINE, Address, Node, Readiness, Service, Topology
+from testbed.topology import ENGINE, Address, Link, Node, Readiness, Service, Topology
 from testbed.topology_file import check
 from testbed.undo import Undo
 from testbed.warden_handle import WardenHandle
@@ -34,6 +34,11 @@ _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces apart
 
 _Result = TypeVar("_Result")
+
+
+def kernel_means() -> frozenset[str]:
+    """What the kernel has that impairs links."""
+    return frozenset(filter(capabilities.probe().has, KERNEL_MEANS))
 
 
 class LabError(Exception):
@@ -127,6 +132,7 @@ class Lab:
         self._engine_options = engine_options or {}
         self._builder = Builder()
         self._stage: Stage | None = None
+        self._in_kernel: dict[int, Link] = {}  # impaired links, by their numbers
         self._watch: Watch | None = None
         self._warden: WardenHandle | None = None
         self._undo = Undo()
@@ -174,7 +180,7 @@ class Lab:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=not self._is_temporary)
         self._builder = Builder(warden.guard)
         self._undo.add("the namespaces", self._builder.close)
-        self._builder.build(plan(self.topology))
+        self._builder.build(plan(self.topology, kernel_means()))
         with contextlib.suppress(PermissionError):  # inside somebody else's namespace we see no others end
             self._watch = Watch(self.namespaces)
 
@@ -243,15 +249,27 @@ class Lab:
         self._undo.add("the captures", self.capture.stop)
 
     def _start_stage(self) -> None:
-        """What stands in the middle of impaired links."""
-        if any(is_impaired(link) for link in self.topology.links):
-            self._stage = Stage(self.topology, self._builder.namespace(WIRE), self.directory)
+        """What stands in the middle of the impaired links that the kernel does not impair."""
+        impaired = {number: link for number, link in enumerate(self.topology.links) if is_impaired(link)}
+        if impaired:
+            (self.directory / LOG).write_text("".join(f"{line}\n" for line in self.notes))
+        staged = {number: link for number, link in impaired.items() if why_in_user_space(link, kernel_means())}
+        self._in_kernel = {number: link for number, link in impaired.items() if number not in staged}
+        if staged:
+            self._stage = Stage(staged, self._builder.namespace(WIRE), self.directory)
             self._undo.add("the impairments", self._stage.program.stop)
 
     @property
+    def notes(self) -> list[str]:
+        """Who impairs which ends of links, and why not the kernel where it is not."""
+        return notes(self.topology, kernel_means())
+
+    @property
     def impairments(self) -> Mapping[str, Counts]:
-        """What became of the frames that each end of an impaired link sent so far, by its label."""
-        return self._stage.counts() if self._stage is not None else {}
+        """What became of the frames that each end of an impaired link sent so far, by its label; ask while it runs."""
+        by_stage = self._stage.counts() if self._stage is not None else {}
+        by_kernel = kernel_counts(self._in_kernel, self._builder.namespace(WIRE)) if self._in_kernel else {}
+        return {**by_stage, **by_kernel}
 
     def _start_engine(self, node: Node) -> None:
         """Start a node's engine with its ruleset in a file, as a user would."""

@@ -6,13 +6,13 @@ Owns: the order, and the settings that every namespace gets. Must not do anythin
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Final, assert_never
 
-from testbed.impair import WIRE, is_impaired, stage_ends
+from testbed.impair import WIRE, disciplines, is_impaired, why_in_user_space, wire_ends
 from testbed.routes import routes
-from testbed.topology import BRIDGE, Address, End, Gateway, Kind, Link, Network, Node, Topology
+from testbed.topology import BRIDGE, Address, End, Gateway, Impairment, Kind, Link, Network, Node, Topology
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
@@ -26,7 +26,7 @@ _SETTINGS: Final = (
     ("net.ipv4.conf.all.rp_filter", "0"),
     ("net.ipv4.conf.default.rp_filter", "0"),
 )
-_NO_IPV6: Final = (("net.ipv6.conf.default.disable_ipv6", "1"),)  # the stage of impaired links only passes frames on
+_NO_IPV6: Final = (("net.ipv6.conf.default.disable_ipv6", "1"),)  # impaired links only pass frames on
 _FORWARDING: Final = (("net.ipv4.ip_forward", "1"), ("net.ipv6.conf.all.forwarding", "1"))
 
 
@@ -53,6 +53,26 @@ class MakeLink:
     right: End
     mtu: int
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Have the kernel send whatever an interface receives from another one of the same node."""
+
+    node: str
+    interface: str
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
+class Impair:
+    """Have the kernel impair what an interface sends; it comes from the node's end `sender`."""
+
+    node: str
+    interface: str
+    sender: str
+    impairment: Impairment
+    mtu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +141,7 @@ class LoadRules:
     text: str
 
 
-NetlinkOperation = MakeBridge | MakeLink | JoinBridge | AddAddress | SetUp | AddRoute
+NetlinkOperation = MakeBridge | MakeLink | Redirect | Impair | JoinBridge | AddAddress | SetUp | AddRoute
 Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | LoadRules
 
 
@@ -134,6 +154,11 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
             return f"{node}: bridge {BRIDGE}"
         case MakeLink(left, right, mtu):
             return f"{left.node}: link {left.interface} to {right.label}, MTU {mtu}{_impaired(left)}{_impaired(right)}"
+        case Redirect(node, interface, to):
+            return f"{node}: {interface} goes to {to}"
+        case Impair(node, interface, sender, impairment):
+            means = " and ".join(disciplines(impairment))
+            return f"{node}: {means} on {interface} for what {sender} sends: {_done(impairment)}"
         case StopOffload(node, interface):
             return f"{node}: no offload on {interface}"
         case JoinBridge(node, interface):
@@ -155,19 +180,21 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
 
 
 def _impaired(end: End) -> str:
-    """What the stage is to do to what an end sends; without a word of what it does not do."""
-    if end.impair is None:
-        return ""
-    done = " ".join(f"{key}={value:g}" for key, value in asdict(end.impair).items() if value)
-    return f", user-space stage for what {end.label} sends: {done}"
+    """What the stage is to do to what an end sends."""
+    return f", user-space stage for what {end.label} sends: {_done(end.impair)}" if end.impair is not None else ""
+
+
+def _done(impairment: Impairment) -> str:
+    """What is done to packets; without a word of what is not."""
+    return " ".join(f"{key}={value:.10g}" for key, value in asdict(impairment).items() if value)
 
 
 def _listed(settings: Sequence[tuple[str, str]]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings)
 
 
-def plan(topology: Topology) -> list[Operation]:
-    """The operations that build a topology."""
+def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
+    """The operations that build a topology. `kernel`: what it has of impair.KERNEL_MEANS."""
     operations: list[Operation] = []
     for node in topology.nodes:
         forwarding = _FORWARDING if node.kind is Kind.ROUTER else ()
@@ -177,7 +204,7 @@ def plan(topology: Topology) -> list[Operation]:
     if any(is_impaired(link) for link in topology.links):
         operations.append(MakeNamespace(WIRE, (*_SETTINGS, *_NO_IPV6)))
     for number, link in enumerate(topology.links):
-        operations += _link(number, link)
+        operations += _link(number, link, kernel)
     ways = routes(topology)
     for node in topology.nodes:
         operations += _configuration(topology, node, ways.get(node.name, ()))
@@ -187,19 +214,35 @@ def plan(topology: Topology) -> list[Operation]:
     return operations
 
 
-def _link(number: int, link: Link) -> list[Operation]:
-    """One veth pair, or two with the stage between them if the link is impaired.
+def _link(number: int, link: Link, kernel: Collection[str]) -> list[Operation]:
+    """One veth pair, or two with the kernel's disciplines or the stage between them if the link is impaired.
 
     The nodes' ends have the same indexes and MACs either way.
     """
     index = 10 + 2 * number
     if not is_impaired(link):
         return [MakeLink(link.left, link.right, link.mtu, index)]
-    near, far = stage_ends(number)
+    near, far = wire_ends(number)
+    is_staged = why_in_user_space(link, kernel) is not None
+    left, right = link.ends if is_staged else (replace(end, impair=None) for end in link.ends)
     return [
-        MakeLink(link.left, near, link.mtu, index),
-        MakeLink(far, link.right, link.mtu, index),
+        MakeLink(left, near, link.mtu, index),
+        MakeLink(far, right, link.mtu, index),
+        *([] if is_staged else _through_kernel(link, near.interface, far.interface)),
         *(SetUp(WIRE, end.interface) for end in (near, far)),
+    ]
+
+
+def _through_kernel(link: Link, near: str, far: str) -> list[Operation]:
+    """What of the kernel's stands between the two halves of an impaired link."""
+    return [
+        Redirect(WIRE, near, far),
+        Redirect(WIRE, far, near),
+        *(
+            Impair(WIRE, interface, end.label, end.impair, link.mtu)
+            for end, interface in zip(link.ends, (far, near), strict=True)
+            if end.impair is not None
+        ),
     ]
 
 

@@ -164,6 +164,7 @@ def report(lab: Lab, failure: str = "") -> str:
         failure=failure,
         engines=[(node.name, list(_engine_tables(lab, node.name))) for node in lab.topology.nodes if node.engine],
         impairments=_impairments(lab),
+        notes=lab.notes,
         logs=[(f"{node}: {name}", *_end_of(program.log)) for (node, name), program in lab.programs.items()],
         **_traffic(lab),
     )

@@ -25,11 +25,11 @@ _RTM_NEWNSID, _RTM_DELNSID, _RTM_GETNSID = 88, 89, 90
 _REQUEST: Final = 0x1
 _REQUEST_ACK: Final = 0x5
 _CREATE_EXCLUSIVE: Final = 0x600
-_CREATE_REPLACE: Final = 0x500
+CREATE_REPLACE: Final = 0x500
 _DUMP: Final = 0x301
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
-_IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
+_IFLA_LINKINFO, _IFLA_STATS64, _IFLA_NET_NS_FD = 18, 23, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_GATEWAY = 1, 5
@@ -61,22 +61,22 @@ def veth(
 ) -> Request:
     """A veth pair; the peer is born in the namespace behind a descriptor."""
     far = _IFINFO.pack(0, 0, peer_index, 0, 0) + _named(peer, peer_mac, mtu)
-    far += _attribute(_IFLA_NET_NS_FD, struct.pack("=I", peer_namespace))
-    data = _attribute(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, far))
-    info = _attribute(_IFLA_LINKINFO, _attribute(_IFLA_INFO_KIND, b"veth") + data)
+    far += attribute(_IFLA_NET_NS_FD, struct.pack("=I", peer_namespace))
+    data = attribute(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, far))
+    info = attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"veth") + data)
     return Request(_RTM_NEWLINK, _CREATE_EXCLUSIVE, _IFINFO.pack(0, 0, index, 0, 0) + _named(name, mac, mtu) + info)
 
 
 def bridge(name: str, index: int) -> Request:
     """A bridge."""
-    info = _attribute(_IFLA_LINKINFO, _attribute(_IFLA_INFO_KIND, b"bridge"))
-    body = _IFINFO.pack(0, 0, index, 0, 0) + _attribute(_IFLA_IFNAME, name.encode() + b"\0") + info
+    info = attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"bridge"))
+    body = _IFINFO.pack(0, 0, index, 0, 0) + attribute(_IFLA_IFNAME, name.encode() + b"\0") + info
     return Request(_RTM_NEWLINK, _CREATE_EXCLUSIVE, body)
 
 
 def join(index: int, master: int) -> Request:
     """Make an interface a port of a bridge."""
-    body = _IFINFO.pack(0, 0, index, 0, 0) + _attribute(_IFLA_MASTER, struct.pack("=I", master))
+    body = _IFINFO.pack(0, 0, index, 0, 0) + attribute(_IFLA_MASTER, struct.pack("=I", master))
     return Request(_RTM_NEWLINK, 0, body)
 
 
@@ -89,26 +89,26 @@ def address(index: int, value: Address) -> Request:
     """Give an interface an address."""
     family, packed = _family(value.version), value.ip.packed
     body = _IFADDR.pack(family, value.network.prefixlen, 0, 0, index)
-    body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+    body += attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
     return Request(_RTM_NEWADDR, _CREATE_EXCLUSIVE, body)
 
 
 def route(version: int, prefix: bytes, length: int, gateway: bytes) -> Request:
     """Add a route by a gateway, in the place of one to the same prefix."""
     header = (_family(version), length, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST, 0)
-    body = _RTMSG.pack(*header) + _attribute(_RTA_DST, prefix) + _attribute(_RTA_GATEWAY, gateway)
-    return Request(_RTM_NEWROUTE, _CREATE_REPLACE, body)
+    body = _RTMSG.pack(*header) + attribute(_RTA_DST, prefix) + attribute(_RTA_GATEWAY, gateway)
+    return Request(_RTM_NEWROUTE, CREATE_REPLACE, body)
 
 
 def name_namespace(descriptor: int) -> Request:
     """Give the namespace behind a descriptor an id in this one; EEXIST when it has one."""
-    body = _attribute(_NETNSA_NSID, _ANY_ID) + _attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    body = attribute(_NETNSA_NSID, _ANY_ID) + attribute(_NETNSA_FD, struct.pack("=I", descriptor))
     return Request(_RTM_NEWNSID, 0, _RTGENMSG + body)
 
 
 def namespace_id(netlink: socket.socket, descriptor: int) -> int:
     """The id that the namespace behind a descriptor has in this one; -1 without one."""
-    body = _RTGENMSG + _attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    body = _RTGENMSG + attribute(_NETNSA_FD, struct.pack("=I", descriptor))
     netlink.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETNSID, _REQUEST, 0, 0) + body)
     ((_, _, answer),) = _messages(netlink.recv(1 << 16))
     return _namespace_id(answer)
@@ -120,7 +120,7 @@ def ended_namespaces(news: socket.socket) -> list[int]:
 
 
 def _namespace_id(body: bytes) -> int:
-    (number,) = struct.unpack("=i", _attributes(body[len(_RTGENMSG) :])[_NETNSA_NSID])
+    (number,) = struct.unpack("=i", attributes(body[len(_RTGENMSG) :])[_NETNSA_NSID])
     return int(number)
 
 
@@ -148,20 +148,30 @@ def send(netlink: socket.socket, requests: Sequence[Request]) -> Iterator[tuple[
 def unready(netlink: socket.socket) -> list[str]:
     """What keeps a namespace from passing traffic: interfaces not operational, addresses still tentative."""
     found = []
-    for body in _dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+    for body in dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
         index = _IFINFO.unpack_from(body)[2]
-        attributes = _attributes(body[_IFINFO.size :])
-        if index != _LOOPBACK and attributes[_IFLA_OPERSTATE][0] != _IF_OPER_UP:
-            found.append(f"{attributes[_IFLA_IFNAME].rstrip(bytes(1)).decode()} is not operational")
-    for body in _dump(netlink, _RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(socket.AF_INET6, 0, 0, 0, 0)):
+        values = attributes(body[_IFINFO.size :])
+        if index != _LOOPBACK and values[_IFLA_OPERSTATE][0] != _IF_OPER_UP:
+            found.append(f"{values[_IFLA_IFNAME].rstrip(bytes(1)).decode()} is not operational")
+    for body in dump(netlink, _RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(socket.AF_INET6, 0, 0, 0, 0)):
         if _IFADDR.unpack_from(body)[2] & _IFA_F_TENTATIVE:
-            text = socket.inet_ntop(socket.AF_INET6, _attributes(body[_IFADDR.size :])[_IFA_ADDRESS])
+            text = socket.inet_ntop(socket.AF_INET6, attributes(body[_IFADDR.size :])[_IFA_ADDRESS])
             found.append(f"{text} is tentative")
     return found
 
 
-def _dump(netlink: socket.socket, ask: int, answer: int, body: bytes) -> list[bytes]:
-    """The bodies of a dump."""
+def received(netlink: socket.socket) -> dict[str, tuple[int, int]]:
+    """The interfaces of a namespace by name: index, and packets received so far."""
+    found = {}
+    for body in dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+        values = attributes(body[_IFINFO.size :])
+        (packets,) = struct.unpack_from("=Q", values[_IFLA_STATS64])
+        found[values[_IFLA_IFNAME].rstrip(bytes(1)).decode()] = (_IFINFO.unpack_from(body)[2], packets)
+    return found
+
+
+def dump(netlink: socket.socket, ask: int, answer: int, body: bytes) -> list[bytes]:
+    """The bodies of a dump: of the messages of type `answer` that come for one of type `ask`."""
     netlink.send(_HEADER.pack(_HEADER.size + len(body), ask, _DUMP, 0, 0) + body)
     found: list[bytes] = []
     while True:
@@ -175,9 +185,9 @@ def _dump(netlink: socket.socket, ask: int, answer: int, body: bytes) -> list[by
 def _named(name: str, mac: str, mtu: int) -> bytes:
     """The attributes that both ends of a link have."""
     return (
-        _attribute(_IFLA_IFNAME, name.encode() + b"\0")
-        + _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
-        + _attribute(_IFLA_MTU, struct.pack("=I", mtu))
+        attribute(_IFLA_IFNAME, name.encode() + b"\0")
+        + attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+        + attribute(_IFLA_MTU, struct.pack("=I", mtu))
     )
 
 
@@ -185,7 +195,8 @@ def _family(version: int) -> int:
     return int(socket.AF_INET if version == 4 else socket.AF_INET6)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """An attribute, padded."""
     return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
@@ -198,7 +209,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += length + 3 & ~3
 
 
-def _attributes(data: bytes) -> dict[int, bytes]:
+def attributes(data: bytes) -> dict[int, bytes]:
     """The attributes of a message."""
     found, at = {}, 0
     while at + 4 <= len(data):

@@ -121,7 +121,7 @@ class Impairment:
     reorder: float = 0.0  # of packets that overtake those that are being delayed
     corrupt: float = 0.0  # of packets that get one bit flipped
     rate: int | None = None  # bits per second
-    seed: int = 0  # the same seed makes the same choices for the same packets
+    seed: int | None = None  # the same one makes the same choices for the same packets, on every machine
 
 
 @dataclass(frozen=True, slots=True)

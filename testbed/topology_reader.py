@@ -148,7 +148,7 @@ class _Reader:
             reorder=quantity("reorder", percent),
             corrupt=quantity("corrupt", percent),
             rate=round(quantity("rate", _RATES)) or None,
-            seed=int(value.get("seed", 0)),
+            seed=value.get("seed"),
         )
         self.problems += [((*where, key), what) for key, what in _contradictions(found)]
         return found

@@ -41,6 +41,13 @@ CHAIN = "add table ip x; add chain ip x y { type filter hook prerouting priority
         pytest.param("xt-nfqueue", "iptables-nft -t raw -A PREROUTING -j NFQUEUE --queue-num 0", id="xt-nfqueue"),
         pytest.param("ctnetlink", "conntrack -L", id="ctnetlink"),
         pytest.param("netem", "tc qdisc add dev lo root netem delay 1ms", id="netem"),
+        pytest.param("tbf", "tc qdisc add dev lo root tbf rate 1mbit burst 2000 limit 9000", id="tbf"),
+        pytest.param(
+            "tc-redirect",
+            "tc qdisc add dev lo ingress && "
+            "tc filter add dev lo ingress u32 match u32 0 0 action mirred egress redirect dev lo",
+            id="tc-redirect",
+        ),
         pytest.param(
             "seccomp-notify", "grep -qw user_notif /proc/sys/kernel/seccomp/actions_avail", id="seccomp-notify"
         ),

@@ -1,15 +1,21 @@
-"""Impaired links: what programs in the nodes notice, and what the stage counted."""
+"""Impaired links: what arrives at the far end, what was counted, and that nothing is left of them.
+
+Links with a seed are impaired in user space on every machine; without one, by the kernel where it can.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import socket
+import statistics
 import subprocess
 import sys
-import time
-from contextlib import ExitStack, closing, suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,141 +24,313 @@ from traffic_checks import gets_through
 
 from testbed import registry
 from testbed.frames import Frame
-from testbed.impair import WIRE
+from testbed.impair import LOG
 from testbed.impair_model import Direction
 from testbed.keeper import hand_over
 from testbed.lab import Lab
-from testbed.netns import Namespace
 from testbed.process import start_time
 from testbed.topology import Impairment
 from testbed.topology_file import load, loads
+from testbed.traffic import content
 
 pytestmark = pytest.mark.lab
 
-PAIR = "name: impaired\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b}]}]"
+PAIR = "name: impaired\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b, impair: %s}]}]"
+ONE_WAY = "name: impaired\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b}]}]"
 READY_LAB = Path(__file__).parents[2] / "topologies/lossy-link.yaml"
-QUIET = 0.3  # seconds without a datagram after which no more are expected
+QUIET = 0.25  # seconds without a frame after which no more are expected
+TYPE = bytes.fromhex("88b5")  # of frames that no stack answers (IEEE 802, local experiments)
+MACS = {"a": bytes.fromhex("02000000000a"), "b": bytes.fromhex("02000000000b")}
+
+NEEDS_NETEM = pytest.mark.needs("netem", "tc-redirect")
+NEEDS_TBF = pytest.mark.needs("tbf", "tc-redirect")
+# The same link by either means: `%` takes what comes behind the impairment.
+STAGE = pytest.param(", seed: 7", id="user space")
+NETEM = pytest.param("", id="netem", marks=NEEDS_NETEM)
+TBF = pytest.param("", id="tbf", marks=NEEDS_TBF)
 
 
-def lab_of(impairment: str) -> Lab:
-    """Two hosts; what the first sends is impaired."""
-    return Lab(loads(PAIR % impairment), capture=False)
+@contextmanager
+def running(text: str, folder: Path) -> Iterator[Lab]:
+    """A lab that is captured."""
+    with Lab(loads(text), folder) as lab:
+        yield lab
 
 
-def datagrams(lab: Lab, count: int, size: int = 100) -> list[tuple[int, float]]:
-    """Numbers of the datagrams that arrive at b of those that a sends, and how long each was on its way.
-
-    The sender is told of the receiver's MAC: a lossy link may lose the question for it too.
-    """
-    lab["a"].run(["ip", "neigh", "replace", "10.0.0.2", "lladdr", "02:00:00:00:00:0b", "dev", "eth0"])
-    lab["b"].run(["ip", "neigh", "replace", "10.0.0.1", "lladdr", "02:00:00:00:00:0a", "dev", "eth0"])
-    open_one = partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
-    with ExitStack() as stack:
-        receiver = stack.enter_context(lab["b"].call(open_one))
-        sender = stack.enter_context(lab["a"].call(open_one))
-        receiver.bind(("10.0.0.2", 9))
-        receiver.settimeout(QUIET)
-        sender.connect(("10.0.0.2", 9))
-        at = []
+def send(lab: Lab, node: str, count: int, size: int = 200, gap: float = 0.0) -> None:
+    """Send numbered frames of a size on average from one of the two nodes; no gap is shorter than `gap` seconds."""
+    (other,) = MACS.keys() - {node}
+    with lab[node].namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+        sender.bind(("eth0", 0))
         for number in range(count):
-            at.append(time.monotonic())
-            sender.send(number.to_bytes(2, "big") + bytes(size - 2))
-        found: list[tuple[int, float]] = []
-        while True:
-            try:
-                number = int.from_bytes(receiver.recv(2), "big")
-            except TimeoutError:
-                return found
-            found.append((number, time.monotonic() - at[number]))
+            length = size // 2 + number % size if size < 900 else size
+            sender.send(
+                MACS[other] + MACS[node] + TYPE + number.to_bytes(2, "big") + bytes([number & 0xFF]) * (length - 16)
+            )
+            if gap:
+                select.select((), (), (), gap)
 
 
-def test_a_delay_is_there_and_in_one_direction_only() -> None:
-    with lab_of("{delay: 40ms}") as lab:
-        arrived = datagrams(lab, 20)
-        assert [number for number, _ in arrived] == list(range(20))
-        assert all(0.04 <= way < 0.14 for _, way in arrived)
-        assert lab.impairments["a:eth0"].seen >= 20
-        started = time.monotonic()
-        assert gets_through(lab["b"].namespace, lab["a"].namespace, "10.0.0.1")  # the way back of the same link
-        assert time.monotonic() - started < 0.04
+def settled(lab: Lab) -> None:
+    """Wait until nothing has been seen anywhere for a while."""
+    assert lab.capture is not None
+    before = -1
+    while before != lab.capture.total:
+        before = lab.capture.total
+        lab.capture.wait(before, QUIET)
+    lab.capture.settle()
 
 
-def test_neighbours_are_found_over_ipv6() -> None:
-    with lab_of("{delay: 5ms}") as lab:
-        assert gets_through(lab["a"].namespace, lab["b"].namespace, "fd00::2")
+def seen(lab: Lab, node: str, *, outgoing: bool) -> list[Frame]:
+    """What a node sent, or what arrived there."""
+    assert lab.capture is not None
+    return [frame for frame in lab.capture.frames(f"{node}:eth0") if frame.outgoing is outgoing]
+
+
+def numbered(frames: list[Frame]) -> dict[int, Frame]:
+    """The frames of `send`, by number; the last one where one came twice."""
+    return {int.from_bytes(each.data[14:16], "big"): each for each in frames if each.data[12:14] == TYPE}
+
+
+def ways(lab: Lab, source: str, target: str) -> list[float]:
+    """How long each frame of `send` was on its way, in seconds, in the order of sending."""
+    sent, arrived = numbered(seen(lab, source, outgoing=True)), numbered(seen(lab, target, outgoing=False))
+    assert sent.keys() == arrived.keys()
+    return [(arrived[number].time_ns - frame.time_ns) / 1e9 for number, frame in sent.items()]
+
+
+# ---- what arrives ----
+
+
+def test_every_frame_meets_the_fate_that_the_seed_says(tmp_path: Path) -> None:
+    """Both directions at once, whole frames compared; an own model is asked what becomes of what was captured."""
+    text = PAIR % (
+        "{loss: 20%, duplicate: 10%, corrupt: 10%, delay: 3ms, jitter: 2ms, seed: 7}",
+        "{reorder: 30%, corrupt: 20%, delay: 5ms, rate: 100mbit, seed: 8}",
+    )
+    expected = {
+        "a": Impairment(loss=0.2, duplicate=0.1, corrupt=0.1, delay=0.003, jitter=0.002, seed=7),
+        "b": Impairment(reorder=0.3, corrupt=0.2, delay=0.005, rate=10**8, seed=8),
+    }
+    with running(text, tmp_path) as lab:
+        for _ in range(3):
+            send(lab, "a", 100)
+            send(lab, "b", 80)
+        settled(lab)
+        for node, other in (("a", "b"), ("b", "a")):
+            counts = lab.impairments[f"{node}:eth0"]
+            sent = seen(lab, node, outgoing=True)[-counts.seen :]  # some were sent before the stage was there
+            model = Direction(expected[node], f"{node}:eth0")
+            leaves = [each.frame for frame in sent for each in model.departures(frame.time_ns / 1e9, frame.data)]
+            assert Counter(frame.data for frame in seen(lab, other, outgoing=False)) == Counter(leaves)
+            assert counts == model.counts
+            assert counts.corrupted > 10
+        assert lab.impairments["a:eth0"].lost > 30
+        assert lab.impairments["a:eth0"].duplicated > 10
+        assert lab.impairments["b:eth0"].reordered > 30
+
+
+@NEEDS_NETEM
+def test_what_netem_does_agrees_with_its_counters(tmp_path: Path) -> None:
+    with running(PAIR % ("{loss: 20%, corrupt: 10%}", "{duplicate: 20%, delay: 3ms}"), tmp_path) as lab:
+        before = lab.impairments
+        send(lab, "a", 300)
+        send(lab, "b", 300)
+        settled(lab)
+        arrived = {node: [f for f in seen(lab, node, outgoing=False) if f.data[12:14] == TYPE] for node in "ab"}
+        lossy, doubling = lab.impairments["a:eth0"], lab.impairments["b:eth0"]
+    assert abs(len(arrived["b"]) - (300 - lossy.lost + before["a:eth0"].lost)) < 6  # other frames are among the lost
+    assert abs(len(arrived["a"]) - (300 + doubling.duplicated - before["b:eth0"].duplicated)) < 6
+    assert 30 < lossy.lost < 90
+    assert 30 < doubling.duplicated < 90
+    broken = [frame for frame in arrived["b"] if len(set(frame.data[16:])) > 1]
+    assert 10 < len(broken) < 60
+
+
+@pytest.mark.parametrize("seed", [STAGE, NETEM])
+def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % f"{{delay: 20ms, jitter: 10ms{seed}}}", tmp_path) as lab:
+        send(lab, "a", 120, gap=0.0002)
+        send(lab, "b", 20)
+        settled(lab)
+        there, back = ways(lab, "a", "b"), ways(lab, "b", "a")
+    low, *_, high = statistics.quantiles(there, n=10)
+    assert min(there) >= 0.0098
+    assert 0.010 < low < 0.015
+    assert 0.025 < high < 0.034  # a busy machine is late, never early
+    assert statistics.median(back) < 0.009
+
+
+@pytest.mark.parametrize("seed", [STAGE, NETEM])
+def test_reordered_frames_overtake_others(seed: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % f"{{delay: 20ms, reorder: 30%{seed}}}", tmp_path) as lab:
+        send(lab, "a", 100)
+        settled(lab)
+        there, counts = ways(lab, "a", "b"), lab.impairments["a:eth0"]
+        order = list(numbered(seen(lab, "b", outgoing=False)))
+    assert order != sorted(order)
+    early = sum(way < 0.02 for way in there)
+    assert 15 < early < 45
+    assert abs(early - counts.reordered) < 6  # other frames are among those that were counted
 
 
 @pytest.mark.parametrize(
-    "impairment", [pytest.param("{loss: 30%, seed: 7}", id="loss"), pytest.param("{duplicate: 30%}", id="duplicate")]
-)
-def test_what_arrives_agrees_with_the_counters(impairment: str) -> None:
-    with lab_of(impairment) as lab:
-        arrived = datagrams(lab, 120)  # twice that fits into the receiver's buffer
-        counts = lab.impairments["a:eth0"]
-    changed = counts.duplicated - counts.lost
-    assert abs(changed) > 20
-    assert abs(len(arrived) - 120 - changed) < 6  # a few frames are ARP, and some of those are lost or repeated too
-
-
-def test_the_same_frames_are_lost_as_the_seed_says() -> None:
-    with lab_of("{loss: 30%, seed: 7}") as lab:
-        datagrams(lab, 100)
-        counts = lab.impairments["a:eth0"]
-    expected = Direction(Impairment(loss=0.3, seed=7), "a:eth0")
-    for _ in range(counts.seen):
-        expected.departures(0, bytes(60))
-    assert counts == expected.counts
-    assert counts.seen >= 100
-
-
-def test_reordered_datagrams_overtake_others() -> None:
-    with lab_of("{delay: 20ms, reorder: 30%}") as lab:
-        numbers = [number for number, _ in datagrams(lab, 100)]
-    assert sorted(numbers) == list(range(100))
-    assert numbers != sorted(numbers)
-
-
-def test_a_rate_bounds_what_passes() -> None:
-    with lab_of("{rate: 4mbit}") as lab:
-        arrived = datagrams(lab, 100, 958)  # 100 frames of 1000 bytes take 0.2 s
-    assert len(arrived) == 100
-    assert 0.19 < arrived[-1][1] < 0.5
-
-
-def test_corrupt_datagrams_reach_no_program() -> None:
-    with lab_of("{corrupt: 100%}") as lab:
-        assert datagrams(lab, 50) == []
-        assert lab.impairments["a:eth0"].corrupted >= 50
-
-
-@pytest.mark.parametrize(
-    ("tags", "vlans"),
+    ("impairment", "means"),
     [
-        pytest.param("8100 2007", (7,), id="802.1Q, with a priority"),
-        pytest.param("88a8 0064 8100 0007", (100, 7), id="802.1ad, two tags"),
+        pytest.param("rate: 4mbit, seed: 7", "in user space: its seed asks for that", id="user space"),
+        pytest.param("rate: 4mbit", "by the kernel's tbf", id="tbf", marks=NEEDS_TBF),
+        pytest.param(
+            "rate: 4mbit, delay: 5ms", "by the kernel's netem and tbf", id="netem", marks=[NEEDS_NETEM, NEEDS_TBF]
+        ),
     ],
 )
-def test_vlan_tags_are_kept(tags: str, vlans: tuple[int, ...], tmp_path: Path) -> None:
-    frame = bytes.fromhex(f"02000000000b 02000000000a {tags} 88b5") + bytes(range(100))
-    with Lab(loads(PAIR % "{delay: 1ms, seed: 1}"), tmp_path) as lab:
+def test_a_rate_is_kept_within_a_tenth(impairment: str, means: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % f"{{{impairment}}}", tmp_path) as lab:
+        send(lab, "a", 150, size=1000)
+        settled(lab)
+        arrived = numbered(seen(lab, "b", outgoing=False))
+        assert lab.impairments["a:eth0"].seen >= 150
+        assert (tmp_path / LOG).read_text() == f"a:eth0: impaired {means}\n"
+    assert list(arrived) == list(range(150))
+    times = [frame.time_ns / 1e9 for frame in arrived.values()][1:]  # tbf lets the first pass at once
+    assert (len(times) - 1) * 8000 / (times[-1] - times[0]) == pytest.approx(4e6, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", [STAGE, TBF])
+def test_what_finds_no_room_in_front_of_a_rate_is_lost_and_counted(seed: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % f"{{rate: 20mbit{seed}}}", tmp_path) as lab:
+        for _ in range(6):  # a socket alone may be kept waiting until the kernel's queue has room
+            send(lab, "a", 60, size=1500)
+        settled(lab)
+        arrived = sum(frame.data[12:14] == TYPE for frame in seen(lab, "b", outgoing=False))
+        counts = lab.impairments["a:eth0"]
+    assert 60 < counts.overflowed == 360 - arrived
+    assert 0 <= counts.seen - 360 < 6
+
+
+@pytest.mark.parametrize("seed", [STAGE, NETEM])
+def test_corrupt_datagrams_reach_no_program(seed: str) -> None:
+    open_one = partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+    with Lab(loads(ONE_WAY % f"{{corrupt: 100%{seed}}}"), capture=False) as lab:
+        # The receiver's MAC is told: the question for it would be corrupt, too.
+        lab["a"].run(["ip", "neigh", "replace", "10.0.0.2", "lladdr", "02:00:00:00:00:0b", "dev", "eth0"])
+        with lab["b"].call(open_one) as receiver, lab["a"].call(open_one) as sender:
+            receiver.bind(("10.0.0.2", 9))
+            receiver.settimeout(QUIET)
+            for _ in range(50):
+                sender.sendto(bytes(100), ("10.0.0.2", 9))
+            with pytest.raises(TimeoutError):
+                receiver.recv(200)
+
+
+@pytest.mark.parametrize(
+    "impairment",
+    [
+        pytest.param("{delay: 1ms, seed: 1}", id="user space"),
+        pytest.param("{rate: 100mbit}", id="tbf", marks=NEEDS_TBF),
+    ],
+)
+def test_vlan_tags_are_kept(impairment: str, tmp_path: Path) -> None:
+    one = MACS["b"] + MACS["a"] + bytes.fromhex("8100 2007") + TYPE + bytes(1500)  # a priority; as long as can be
+    two = MACS["b"] + MACS["a"] + bytes.fromhex("88a8 0064 8100 0007") + TYPE + bytes(100)
+    with running(ONE_WAY % impairment, tmp_path) as lab:
         with lab["a"].namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
             sender.bind(("eth0", 0))
-            sender.send(frame)
-        assert lab.capture is not None
-        deadline = time.monotonic() + 2
-        seen: list[Frame] = []
-        while not seen and time.monotonic() < deadline:
-            lab.capture.wait(lab.capture.total, 0.05)
-            seen = [each for each in lab.capture.frames("b:eth0") if each.data[-100:] == frame[-100:]]
-    assert [(each.data, each.vlans) for each in seen] == [(frame, vlans)]
+            sender.send(one)
+            sender.send(two)
+        settled(lab)
+        arrived = [frame for frame in seen(lab, "b", outgoing=False) if frame.vlans]
+    assert [(frame.data, frame.vlans) for frame in arrived] == [(one, (7,)), (two, (100, 7))]
+
+
+# ---- whole transfers ----
+
+SERVICE = (
+    "{services: {web: {command: ['{python}', -m, testbed.traffic, http-server, --port, '80', --size, '%d', "
+    "--notify-fd, '{notify_fd}'], ready: notify}}}"
+)
+
+
+def fetch(lab: Lab, node: str, host: str, folder: Path) -> bytes:
+    """A file over HTTP."""
+    target = folder / "got"
+    lab[node].run(["curl", "-sS", "--max-time", "20", f"http://{host}/", "-o", str(target)])
+    return target.read_bytes()
+
+
+@pytest.mark.parametrize("seed", [STAGE, NETEM])
+def test_tcp_delivers_every_byte_over_a_link_that_does_everything_at_once(seed: str, tmp_path: Path) -> None:
+    impairment = "{delay: 1ms, jitter: 500us, loss: 1%, duplicate: 2%, reorder: 5%, corrupt: 1%" + seed + "}"
+    text = f"name: impaired\nnodes: {{a: , b: {SERVICE % 150_000}}}\n"
+    text += f"links: [{{ends: [{{node: a}}, {{node: b}}], impair: {impairment}}}]"
+    with running(text, tmp_path) as lab:
+        assert fetch(lab, "a", "10.0.0.2", tmp_path) == content(150_000)
+        assert fetch(lab, "a", "[fd00::2]", tmp_path) == content(150_000)
+        assert lab.impairments["b:eth0"].lost > 0
 
 
 def test_tcp_over_the_ready_lab_delivers_every_byte(tmp_path: Path) -> None:
     with Lab(load(READY_LAB), tmp_path) as lab:
-        done = lab["client"].run(["curl", "-sS", "--max-time", "20", "http://10.0.0.2/", "-o", str(tmp_path / "got")])
-        assert done.returncode == 0
-        assert (tmp_path / "got").stat().st_size == 262144
+        assert fetch(lab, "client", "10.0.0.2", tmp_path) == content(262144)
         assert lab.impairments["server:eth0"].lost > 0
+
+
+@pytest.mark.parametrize(
+    "impairment",
+    [
+        pytest.param("{delay: 1ms, seed: 1}", id="user space"),
+        pytest.param("{rate: 200mbit}", id="tbf", marks=NEEDS_TBF),
+    ],
+)
+def test_packets_that_come_joined_pass_one_by_one_and_whole(impairment: str, tmp_path: Path) -> None:
+    """A link before the impaired one has offload, so the router gets segments joined, with half a checksum."""
+    text = f"""
+name: impaired
+offload: true
+nodes: {{c: , r: {{kind: router}}, s: {SERVICE % 1_000_000}}}
+links:
+  - {{ends: [{{node: c}}, {{node: r}}], impair: {impairment}}}
+  - ends: [{{node: r}}, {{node: s}}]
+"""
+    with running(text, tmp_path) as lab:
+        assert fetch(lab, "c", "10.0.1.2", tmp_path) == content(1_000_000)
+        settled(lab)
+        assert lab.capture is not None
+        assert any(len(frame.data) > 3000 and frame.half_checksum for frame in lab.capture.frames("r:eth1"))
+        arrived = seen(lab, "c", outgoing=False)
+    assert max(len(frame.data) for frame in arrived) == 1514
+    assert not any(frame.half_checksum for frame in arrived)
+
+
+# ---- who does it, and what is left ----
+
+
+def test_an_impaired_lab_is_up_says_who_impairs_it_works_and_is_down(name: str, tmp_path: Path) -> None:
+    note = "a:eth0: impaired in user space: its seed asks for that"
+    file = tmp_path / "lab.yaml"
+    file.write_text((ONE_WAY % "{delay: 1ms, seed: 1}").replace("impaired", name))
+    up = run_testbed("up", str(file), "--directory", str(tmp_path / "logs"), "--json")
+    assert (up.returncode, up.stderr) == (0, f"{note}\n")
+    try:
+        record = registry.find(name)
+        assert json.loads(up.stdout)["pid"] == record.pid
+        stage = stage_of(tmp_path / "logs")
+        with record.namespace("b") as b, b.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(("10.0.0.2", 9))
+            receiver.settimeout(2)
+            asked = run_testbed("exec", "--lab", name, "a", "--", "bash", "-c", "echo hello >/dev/udp/10.0.0.2/9")
+            assert (asked.returncode, receiver.recv(9)) == (0, b"hello\n"), asked.stderr
+        assert note in registry.ask_report(record)
+    finally:
+        down = run_testbed("down", name)
+    assert (down.returncode, down.stdout) == (0, f"{name} is down\n"), down.stderr
+    assert start_time(stage) is None
+    assert (tmp_path / "logs" / LOG).read_text() == f"{note}\n"
+
+
+def run_testbed(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "testbed.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
 
 
 @pytest.fixture
@@ -161,40 +339,52 @@ def name() -> str:
     return f"impaired-{os.getpid()}"
 
 
-def kept(name: str, folder: Path) -> tuple[registry.Record, int]:
-    """A lab with an impaired link that is handed over to a keeper, and the stage's process."""
+def kept(impairment: str, name: str, folder: Path) -> registry.Record:
+    """A lab with an impaired link that is handed over to a keeper."""
     with ExitStack() as stack:
-        lab = stack.enter_context(Lab(loads(PAIR.replace("impaired", name) % "{delay: 1ms, seed: 1}"), folder))
-        stage = inside(lab.namespaces[WIRE])
+        lab = stack.enter_context(Lab(loads((ONE_WAY % impairment).replace("impaired", name)), folder))
         record = hand_over(lab)
         stack.pop_all()
-    return record, stage
+    return record
 
 
-def inside(namespace: Namespace) -> int:
-    """The process that runs in a namespace."""
+def stage_of(folder: Path) -> int:
+    """The stage of the lab with a directory."""
+    (found,) = with_words("testbed.impair_stage", str(folder / "impairments.json"))
+    return found
+
+
+def with_words(*words: str) -> list[int]:
+    """The processes with all those words in their command line."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            status = (process / "ns/net").stat()
-            if (status.st_dev, status.st_ino) == namespace.identity:
-                return int(process.name)
-    raise AssertionError("no process is in the namespace")
+            if {word.encode() for word in words} <= set((process / "cmdline").read_bytes().split(b"\0")):
+                found.append(int(process.name))
+    return found
 
 
-def test_a_lab_that_is_handed_over_stays_impaired_until_it_is_down(name: str, tmp_path: Path) -> None:
-    record, stage = kept(name, tmp_path)
+@pytest.mark.parametrize(
+    "impairment",
+    [
+        pytest.param("{delay: 1ms, seed: 1}", id="user space"),
+        pytest.param("{rate: 100mbit}", id="tbf", marks=NEEDS_TBF),
+    ],
+)
+def test_a_lab_that_is_handed_over_stays_impaired_until_it_is_down(impairment: str, name: str, tmp_path: Path) -> None:
+    record = kept(impairment, name, tmp_path)
     try:
         assert list(record.nodes) == ["a", "b"]
         with record.namespace("a") as a, record.namespace("b") as b:
             assert gets_through(a, b, "10.0.0.2")
     finally:
         registry.down(record)
-    assert start_time(stage) is None
+    assert with_words("testbed.impair_stage", str(tmp_path / "impairments.json")) == []
 
 
 def test_the_stage_goes_with_a_killed_keeper(name: str, tmp_path: Path) -> None:
-    record, stage = kept(name, tmp_path)
-    with closing(os.fdopen(os.pidfd_open(stage))) as end:
+    record = kept("{delay: 1ms, seed: 1}", name, tmp_path)
+    with closing(os.fdopen(os.pidfd_open(stage_of(tmp_path)))) as end:
         os.kill(record.pid, signal.SIGKILL)
         assert select.select([end], (), (), 5)[0] == [end]
 
@@ -202,7 +392,7 @@ def test_the_stage_goes_with_a_killed_keeper(name: str, tmp_path: Path) -> None:
 def test_the_stage_goes_with_a_killed_lab() -> None:
     script = (
         "import signal; from testbed.lab import Lab; from testbed.topology_file import loads\n"
-        f"with Lab(loads({PAIR % '{delay: 1ms}'!r}), capture=False) as lab:\n"
+        f"with Lab(loads({ONE_WAY % '{delay: 1ms, seed: 1}'!r}), capture=False) as lab:\n"
         "    print(lab._stage.program.pid, flush=True); signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:

@@ -6,16 +6,19 @@ from itertools import pairwise
 
 import pytest
 
+from testbed.impair import KERNEL_MEANS, notes
 from testbed.plan import (
     AddAddress,
     AddRoute,
     Configure,
+    Impair,
     JoinBridge,
     LoadRules,
     MakeBridge,
     MakeLink,
     MakeNamespace,
     Operation,
+    Redirect,
     SetUp,
     StopOffload,
     WaitReady,
@@ -175,10 +178,85 @@ def test_routes_are_added_after_addresses_and_interfaces() -> None:
     assert all(isinstance(operation, AddRoute | WaitReady) for operation in of_first[route:])
 
 
-def test_an_impaired_link_is_two_with_the_stage_between() -> None:
-    text = "name: pair\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: {loss: 5%}}, {node: b}]}]"
-    links = [describe(operation) for operation in plan(loads(text)) if isinstance(operation, MakeLink)]
-    assert links == [
-        "a: link eth0 to (wire):l0, MTU 1500, user-space stage for what a:eth0 sends: loss=0.05",
-        "(wire): link r0 to b:eth0, MTU 1500",
+IMPAIRED = "name: pair\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b}]}]"
+HALVES = ["a: link eth0 to (wire):l0, MTU 1500", "(wire): link r0 to b:eth0, MTU 1500"]
+REDIRECTS = ["(wire): l0 goes to r0", "(wire): r0 goes to l0"]
+FULL_KERNEL = frozenset(KERNEL_MEANS)
+
+
+@pytest.mark.parametrize(
+    ("impairment", "kernel", "done", "note"),
+    [
+        pytest.param(
+            "{loss: 5%, rate: 4mbit}",
+            FULL_KERNEL,
+            [*HALVES, *REDIRECTS, "(wire): netem and tbf on r0 for what a:eth0 sends: loss=0.05 rate=4000000"],
+            "by the kernel's netem and tbf",
+            id="all in the kernel",
+        ),
+        pytest.param(
+            "{delay: 5ms}",
+            FULL_KERNEL - {"tbf"},
+            [*HALVES, *REDIRECTS, "(wire): netem on r0 for what a:eth0 sends: delay=0.005"],
+            "by the kernel's netem",
+            id="only what is needed of the kernel's",
+        ),
+        pytest.param(
+            "{loss: 5%, rate: 4mbit}",
+            FULL_KERNEL - {"netem"},
+            [f"{HALVES[0]}, user-space stage for what a:eth0 sends: loss=0.05 rate=4000000", HALVES[1]],
+            "in user space: this kernel has no netem",
+            id="no netem",
+        ),
+        pytest.param(
+            "{rate: 4mbit}",
+            FULL_KERNEL - {"netem", "tc-redirect"},
+            [f"{HALVES[0]}, user-space stage for what a:eth0 sends: rate=4000000", HALVES[1]],
+            "in user space: this kernel has no tc-redirect",
+            id="no way from one half to the other",
+        ),
+        pytest.param(
+            "{loss: 5%, rate: 4mbit}",
+            frozenset(),
+            [f"{HALVES[0]}, user-space stage for what a:eth0 sends: loss=0.05 rate=4000000", HALVES[1]],
+            "in user space: this kernel has no netem and no tbf and no tc-redirect",
+            id="nothing",
+        ),
+        pytest.param(
+            "{loss: 5%, seed: 0}",
+            FULL_KERNEL,
+            [f"{HALVES[0]}, user-space stage for what a:eth0 sends: loss=0.05", HALVES[1]],
+            "in user space: its seed asks for that",
+            id="a seed",
+        ),
+    ],
+)
+def test_an_impaired_link_is_two_with_the_kernel_or_the_stage_between(
+    impairment: str, kernel: frozenset[str], done: list[str], note: str
+) -> None:
+    topology = loads(IMPAIRED % impairment)
+    made = [each for each in plan(topology, kernel) if isinstance(each, MakeLink | Redirect | Impair)]
+    assert [describe(operation) for operation in made] == done
+    assert notes(topology, kernel) == [f"a:eth0: impaired {note}"]
+
+
+def test_both_directions_of_a_link_are_impaired_in_one_place() -> None:
+    text = """
+name: three
+nodes: {a: , b: , c: }
+links:
+  - ends: [{node: a, impair: {loss: 5%}}, {node: b, impair: {rate: 4mbit}}]
+  - {ends: [{node: b}, {node: c}], impair: {rate: 1mbit}}
+"""
+    topology = loads(text)
+    assert notes(topology, FULL_KERNEL - {"netem"}) == [
+        "a:eth0, b:eth0: impaired in user space: this kernel has no netem",
+        "b:eth1, c:eth0: impaired by the kernel's tbf",
+    ]
+    described = [describe(each) for each in plan(topology, FULL_KERNEL) if isinstance(each, Impair)]
+    assert described == [
+        "(wire): netem on r0 for what a:eth0 sends: loss=0.05",
+        "(wire): tbf on l0 for what b:eth0 sends: rate=4000000",
+        "(wire): tbf on r1 for what b:eth1 sends: rate=1000000",
+        "(wire): tbf on l1 for what c:eth0 sends: rate=1000000",
     ]
