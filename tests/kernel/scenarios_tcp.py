@@ -192,6 +192,21 @@ def several_clients(stage: Stage) -> None:
 
 
 @scenario(SCENARIOS)
+def one_connection_after_another(stage: Stage) -> None:
+    """Two rules; what they said of the first connections, the kernel datapath lets the kernel say of the later ones."""
+    stage.redirect(TCP, 0, 1)
+    stage.redirect(TCP, 2, 3, stage.server_address)
+    proxy, server = stage.at_gateway(TCP, 1, listen=True), stage.at_server(TCP, 3)
+    for number in range(4, 10):
+        near = stage.at_client(TCP, number)
+        near.connect((stage.server_address, stage.port(0)))
+        converse(near, stage.accept(proxy))
+        other = stage.at_client(TCP, number + 10)
+        other.connect((stage.foreign, stage.port(2)))
+        converse(other, stage.accept(server))
+
+
+@scenario(SCENARIOS)
 def simultaneous_connections(stage: Stage) -> None:
     stage.redirect(TCP, 0, 1, stage.server_address)
     server = stage.at_server(TCP, 1)
