@@ -29,7 +29,7 @@ from testbed.lab import Lab
 from testbed.topology import End, EngineSpec, Kind, Link, Node, Route, Topology
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-PATIENCE = 3.0  # seconds for what must come
+PATIENCE = 10.0  # seconds for what must come
 SILENCE = 0.15  # seconds for what must not
 QUIET = 0.06  # seconds without a packet after which a scenario is over: longer than a delayed acknowledgement
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}

@@ -22,7 +22,7 @@ TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 ANY = {4: "0.0.0.0", 6: "::"}
 FOREIGN = {4: "198.51.100.7", 6: "2001:db8::7"}
-PATIENCE = 3.0
+PATIENCE = 10.0
 RULES = (
     "-A PREROUTING -p tcp -m tcp --dport 80 -j TPROXY --on-port 50080",
     "-A PREROUTING -p udp -m udp --dport 80 -j TPROXY --on-port 50080",

@@ -43,7 +43,7 @@ table inet lab {
 }
 """
 SO_ORIGINAL_DST = 80
-PATIENCE = 5.0  # seconds
+PATIENCE = 10.0  # seconds
 REQUEST, ANSWER = b"GET /\r\n\r\n", b"x" * 200_000
 
 FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])

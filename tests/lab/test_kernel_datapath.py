@@ -486,14 +486,16 @@ def test_setting_flags_deletes_so_that_the_next_packet_is_looked_up_afresh(
 @deletions
 def test_connections_that_end_by_themselves_leave_the_list(tmp_path: Path, deletion: str) -> None:
     with engine_lab(tmp_path, options=["--deletion", deletion]) as lab:
-        lab.gateway.run(["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=1"])
         listener = foreign_listener(lab, 4)
-        for _ in range(2):
-            peer_of(lab).send(b"?")
+        one, other = peer_of(lab), peer_of(lab)
+        for peer in (one, other):
+            peer.send(b"?")
             listener.recv(10)
-        one = lab.ask("connections")[0]["original"]["source"]["port"]
-        lab.gateway.run(["conntrack", "-D", "-p", "udp", "--orig-port-src", str(one)])
+        lab.gateway.run(["conntrack", "-D", "-p", "udp", "--orig-port-src", str(one.getsockname()[1])])
         assert lab.ask("sockrefs")[0]["related"] == 1
+        lab.gateway.run(["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=1"])
+        other.send(b"!")  # and its time begins anew, with this one second
+        listener.recv(10)
         # The kernel notices that a timeout is over when it next comes by the entry, as a listing makes it do.
         until(lambda: lab.ask("connections") == [], "timed out")
         until(lambda: lab.ask("sockrefs")[0]["related"] == 0, "off the list")

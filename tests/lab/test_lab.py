@@ -232,7 +232,7 @@ with Lab(chain(2), Path({str(tmp_path)!r})) as lab:
     owner.kill()
     owner.wait()
     try:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 10
         while is_running(program) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not is_running(program)

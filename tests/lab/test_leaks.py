@@ -44,7 +44,7 @@ print(*lab.left_over, flush=True)
 STARTUP = 0.25  # seconds until Python has read the testbed, about
 CHANCE = random.Random(5)
 MOMENTS = [CHANCE.uniform(STARTUP, STARTUP + 0.35) for _ in range(8)]
-PATIENCE = 5.0
+PATIENCE = 20.0
 
 
 class Owner:

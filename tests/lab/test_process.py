@@ -19,7 +19,8 @@ from testbed.topology import Readiness
 
 pytestmark = pytest.mark.lab
 
-NOTIFY = Readiness(notify=True, within=5)
+PATIENCE = 10.0
+NOTIFY = Readiness(notify=True, within=PATIENCE)
 LISTEN = "import socket, time; s = socket.create_server(('{}', 80), family=socket.{}); time.sleep(60)"
 IGNORE_TERM = "trap '' TERM; sleep 60 & echo >&{notify_fd}; wait"
 
@@ -45,7 +46,7 @@ def open_descriptors() -> int:
 
 
 def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + PATIENCE
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.005)
     return not is_alive(pid)
@@ -77,8 +78,7 @@ def test_a_program_that_gets_ready_runs_until_it_is_stopped(
     assert not is_alive(program.pid)
 
 
-SOON = Readiness(notify=True, within=1)
-QUICK = Readiness(log="never", within=0.1)
+QUICK = Readiness(log="never", within=1)  # a loaded machine says its word in that time, too
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ QUICK = Readiness(log="never", within=0.1)
         ),
         pytest.param(shell("echo why; exit 3"), NOTIFY, "ended with exit status 3\n    | why", id="ends"),
         pytest.param(shell("kill -9 $$"), NOTIFY, "was ended by SIGKILL", id="is killed"),
-        pytest.param(shell("echo busy; sleep 60"), QUICK, "not ready after 0.1 s\n    | busy", id="too slow"),
-        pytest.param(shell("exec {notify_fd}>&-; sleep 60"), SOON, "without a word of being ready", id="silent"),
+        pytest.param(shell("echo busy; sleep 60"), QUICK, "not ready after 1 s\n    | busy", id="too slow"),
+        pytest.param(shell("exec {notify_fd}>&-; sleep 60"), NOTIFY, "without a word of being ready", id="silent"),
     ],
 )
 def test_a_program_that_does_not_get_ready_is_told_with_its_last_words_and_ended(

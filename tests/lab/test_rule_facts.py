@@ -115,7 +115,7 @@ def test_owner_is_not_to_be_asked_for_in_prerouting(lab: EngineLab) -> None:
 def word_from(lab: EngineLab, address: str) -> bytes:
     """Who answers the client at port 82 of an address; nobody while the address is just coming or going."""
     with lab.client.namespace.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, TCP) as near:
-        near.settimeout(0.5)
+        near.settimeout(2)
         try:
             near.connect((address, 82))
             return near.recv(10)

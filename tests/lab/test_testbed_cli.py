@@ -17,6 +17,8 @@ from testbed.process import start_time
 
 pytestmark = pytest.mark.lab
 
+PATIENCE = 20.0
+LONG = f"60.{os.getpid()}"  # seconds; no other run has programs that sleep just as long
 LAB = """\
 name: {name}
 nodes:
@@ -24,13 +26,13 @@ nodes:
   b:
     services:
       web: {{command: ["{{python}}", -m, http.server, "8000", --bind, "::"], ready: {{port: 8000}}}}
-      restless: {{command: [bash, -c, "setsid --fork sleep 61; echo up; exec sleep 62"], ready: {{log: up}}}}
+      restless: {{command: [bash, -c, "setsid --fork sleep {long}; echo up; exec sleep 62"], ready: {{log: up}}}}
 links:
   - ends: [{{node: a}}, {{node: b}}]
 """
 
 
-def run_testbed(*words: str | Path, within: float = 20) -> subprocess.CompletedProcess[str]:
+def run_testbed(*words: str | Path, within: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "testbed.cli", *map(str, words)],
@@ -51,7 +53,7 @@ def name() -> str:
 @pytest.fixture
 def file(tmp_path: Path, name: str) -> Path:
     path = tmp_path / "lab.yaml"
-    path.write_text(LAB.format(name=name))
+    path.write_text(LAB.format(name=name, long=LONG))
     return path
 
 
@@ -141,7 +143,7 @@ def test_a_shell_is_inside(lab: str) -> None:
         env={**os.environ, "SHELL": "/bin/sh"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE,
         check=False,
     )
     assert "10.0.0.2/24" in done.stdout
@@ -159,18 +161,22 @@ def test_down_tells_what_died(lab: str, tmp_path: Path) -> None:
 
 def test_a_keeper_that_is_killed_leaves_nothing(lab: str) -> None:
     record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
-    daemons = in_lab("61")
+    daemons = in_lab(LONG)
     assert daemons
     os.kill(record["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while set(in_lab("61")) & set(daemons) and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while set(in_lab(LONG)) & set(daemons) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not set(in_lab("61")) & set(daemons)
+    assert not set(in_lab(LONG)) & set(daemons)
     assert lab not in run_testbed("ls").stdout
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def parent(pid: int) -> int | None:
+    """Its parent; None when it has ended, as those of other runs may."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def test_run_ends_as_its_command_does(file: Path, tmp_path: Path) -> None:
@@ -198,16 +204,18 @@ def test_run_takes_the_lab_down_when_it_is_ended(file: Path, tmp_path: Path) -> 
         "--in",
         "b",
     ]
-    running = subprocess.Popen([*command, "--", "sh", "-c", "echo in; sleep 63"], stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--", "sh", "-c", f"echo in; sleep {LONG}"], stdout=subprocess.PIPE, text=True
+    )
     assert running.stdout is not None
     with running.stdout:
         assert running.stdout.readline() == "in\n"
         running.terminate()
         assert running.wait(10) == 128 + signal.SIGTERM
-    deadline = time.monotonic() + 5
-    while in_lab("63") and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while in_lab(LONG) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not in_lab("63")
+    assert not in_lab(LONG)
 
 
 @pytest.mark.parametrize(

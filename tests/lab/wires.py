@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 from testbed.capture import CapturePoint
 from testbed.netns import Namespace
 
-DEADLINE = 5.0  # seconds
+DEADLINE = 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
