@@ -15,12 +15,10 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -38,7 +36,6 @@ RING_BYTES: Final = 16 << 20
 _ALL_RINGS_BYTES: Final = 128 << 20
 _SMALLEST_RING: Final = 1 << 20
 
-_DISORDER_NS: Final = 1_000_000_000
 _THREADS: Final = 32
 
 
@@ -101,7 +98,8 @@ class CaptureSession:
         with ExitStack() as resources:
             rings = _open_rings(list(self._points.values()), self._ring_bytes)
             resources.callback(_close_rings, rings)
-            self._taps = {label: Tap(label, ring) for label, ring in zip(self._points, rings, strict=True)}
+            labelled = zip(self._points, rings, strict=True)
+            self._taps = {label: Tap(number, label, ring) for number, (label, ring) in enumerate(labelled)}
             if idle := self._taps.keys() - self._running(self.points):
                 raise CaptureError(f"no capture at {', '.join(sorted(idle))}: the kernel hands it nothing")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +126,7 @@ class CaptureSession:
 
     def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
         """What was read so far, at one point or at all, oldest first; `since` is a mark."""
-        frames = self._armed().frames if at is None else self._tap(at).frames
-        # They are in the order of time, but for what a busy machine showed too late.
-        begin = bisect_left(frames, since - _DISORDER_NS, key=attrgetter("time_ns"))
-        return [frame for frame in frames[begin:] if frame.time_ns >= since]
+        return self._armed().frames.since(since, None if at is None else self._tap(at).number)
 
     def wait(self, amount: int, timeout: float) -> None:
         """Wait until more than `amount` frames were read at all points together, or for `timeout` seconds."""
@@ -194,7 +189,7 @@ class CaptureSession:
         taps = {label: self._tap(label) for label in points}
         running = self._running(points)
         return {
-            label: PointStatistics(label in running, len(tap.frames), reader.counts(tap).dropped)
+            label: PointStatistics(label in running, reader.frames.count(tap.number), reader.counts(tap).dropped)
             for label, tap in taps.items()
         }
 

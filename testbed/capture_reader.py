@@ -2,9 +2,9 @@
 
 Owns: the way of a frame from a ring to memory and file. Its place: below capture.py, above packet_ring.py.
 
-    collect   one thread does nothing but take blocks from the rings: a full ring loses frames, a slow disk must not
-    order     the other looks into the blocks. The rings show theirs at different times, so frames are held back until
-              every ring has shown what is older: file and memory are in the order of time
+    collect   one thread does nothing but take frames from the rings: a full ring loses frames, a slow disk must not
+    order     the other sorts them. The rings show theirs at different times, so frames are held back until every ring
+              has shown what is older: file and memory are in the order of time
     release   into the file, then into memory, then to those who wait
 """
 
@@ -16,13 +16,13 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from queue import SimpleQueue
 from typing import Final
 
-from testbed.frames import Frame
-from testbed.packet_ring import PacketRing, RingCounts, frames_in
+from testbed.capture_store import FrameStore
+from testbed.packet_ring import Captured, PacketRing, RingCounts
 from testbed.pcapng import PcapngWriter
 
 # More than twice the time after which a ring shows what it has, since timers are late on a busy machine.
@@ -30,26 +30,23 @@ _HOLD_NS: Final = 10_000_000
 # How often to look while frames are held back.
 _PATIENCE_MS: Final = 2
 
-# Time, index of the tap, data, outgoing, half checksum. A tuple, since one is made for each frame.
-_Held = tuple[int, int, bytes, bool, bool]
-
 
 @dataclass(slots=True)
 class Tap:
-    """A point's ring, how many frames were taken from it, and those that were released."""
+    """A point's ring, and how many frames were taken from it; its number is its place in the file's interfaces."""
 
+    number: int
     label: str
     ring: PacketRing
-    frames: list[Frame] = field(default_factory=list)
     taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What the rings showed, each block with the index of its tap, when they were looked at, from `began` on."""
+    """What the rings showed when they were looked at, from `began` on: frames, by the index of their tap."""
 
     began: int
-    blocks: tuple[tuple[int, bytes], ...]
+    frames: tuple[tuple[int, list[Captured]], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +63,11 @@ class _End:
 
 
 class CaptureReader:
-    """Reads the rings of all taps until it is finished. `frames` is all of them, oldest first, and only grows."""
+    """Reads the rings of all taps until it is finished. `frames` has what was released, oldest first."""
 
     def __init__(self, taps: Sequence[Tap], writer: PcapngWriter) -> None:
         """Begin at once; the taps' order is that of the file's interfaces."""
-        self.frames: Final[list[Frame]] = []
+        self.frames: Final = FrameStore([tap.label for tap in taps])
         self.failure: Exception | None = None
         self._taps = taps
         self._writer = writer
@@ -123,48 +120,49 @@ class CaptureReader:
                 self._changed.notify_all()
 
     def _collect(self) -> None:
-        """One thread: take blocks until it is told to end."""
+        """One thread: take frames until it is told to end."""
         indices = {tap.ring.fileno(): index for index, tap in enumerate(self._taps)}
         poller = select.poll()
         for descriptor in (self._ending, *indices):
             poller.register(descriptor, select.POLLIN)
-        last_block = 0
+        last_frame = 0
         while True:
-            # While frames are held back, rounds without blocks tell how far time has come.
-            is_quiet = time.time_ns() - last_block > 2 * _HOLD_NS
+            # While frames are held back, rounds without any tell how far time has come.
+            is_quiet = time.time_ns() - last_frame > 2 * _HOLD_NS
             poller.poll(None if is_quiet else _PATIENCE_MS)
             began = time.time_ns()
             events = dict(poller.poll(0))
             if self._ending in events:
                 self._queue.put(_End())
                 return
-            blocks: list[tuple[int, bytes]] = []
+            frames: list[tuple[int, list[Captured]]] = []
             for descriptor, event in events.items():
-                ring = self._taps[indices[descriptor]].ring
+                index = indices[descriptor]
+                ring = self._taps[index].ring
                 if event & select.POLLERR:
                     ring.clear_error()
-                blocks += ((indices[descriptor], block) for block in ring.take())
-            last_block = began if blocks else last_block
-            self._queue.put(_Round(began, tuple(blocks)))
+                if taken := ring.take(index):
+                    frames.append((index, taken))
+            last_frame = began if frames else last_frame
+            self._queue.put(_Round(began, tuple(frames)))
 
     def _keep(self) -> None:
-        """The other thread: blocks in, frames out."""
+        """The other thread: into file and memory."""
         self._order()
         for index, tap in enumerate(self._taps):
             counts = self.counts(tap)
             self._writer.add_statistics(index, time.time_ns(), counts.arrived, counts.dropped)
-        self._writer.flush()
 
     def _order(self) -> None:
-        held: list[_Held] = []
+        held: list[Captured] = []
         requests: list[_Request] = []
         complete = 0  # up to that moment all frames were taken
         while True:
             match self._queue.get():
-                case _Round(began, blocks):
+                case _Round(began, frames):
                     complete = began - _HOLD_NS
-                    for index, block in blocks:
-                        self._look_into(index, block, held)
+                    for index, taken in frames:
+                        self._hold(index, taken, held)
                 case _Request() as request:
                     requests.append(request)
                 case _End():
@@ -175,31 +173,24 @@ class CaptureReader:
                 requests = [request for request in requests if request not in answered]
                 self._release(held, max(complete, *(request.moment for request in answered), 0), answered)
 
-    def _look_into(self, index: int, block: bytes, held: list[_Held]) -> None:
+    def _hold(self, index: int, taken: list[Captured], held: list[Captured]) -> None:
         tap = self._taps[index]
-        skips_sent = tap.ring.is_loopback
-        count = 0
-        for time_ns, data, outgoing, half in frames_in(block):
-            count += 1
-            if not (outgoing and skips_sent):
-                held.append((time_ns, index, data, outgoing, half))
-        tap.taken += count
+        tap.taken += len(taken)
+        if tap.ring.is_loopback:
+            taken = [frame for frame in taken if not frame[3]]  # seen as received, so not as sent
+        held += taken
 
     def _is_complete(self, request: _Request) -> bool:
         return all(tap.taken >= amount for tap, amount in zip(self._taps, request.amounts, strict=True))
 
-    def _release(self, held: list[_Held], until: int, answered: Sequence[_Request]) -> None:
+    def _release(self, held: list[Captured], until: int, answered: Sequence[_Request]) -> None:
         """Let go of what is not younger than `until`, and of those who waited for it."""
         held.sort(key=itemgetter(0))
         end = bisect_right(held, until, key=itemgetter(0))
-        for time_ns, index, data, outgoing, half in held[:end]:
-            tap = self._taps[index]
-            self._writer.add(index, time_ns, data, outgoing=outgoing, half_checksum=half)
-            frame = Frame(tap.label, time_ns, data, outgoing, half, len(self.frames) + 1)
-            self.frames.append(frame)
-            tap.frames.append(frame)
+        released = held[:end]
         del held[:end]
-        self._writer.flush()
+        self._writer.add(released)
+        self.frames.add(released)
         with self._changed:
             for request in answered:
                 request.is_done = True

@@ -4,8 +4,8 @@ Owns: the ring's layout (TPACKET_V3, packet_mmap in the kernel's documentation) 
 know capture points, files or frames as values.
 
 Why a ring and not recvmsg: its size needs no privilege beyond opening the socket (a socket buffer of 16 MiB needs
-CAP_NET_ADMIN outside of any user namespace), and a block of hundreds of frames costs one copy, so that the kernel never
-waits for Python. The price: frames become readable when their block is closed, some milliseconds later.
+CAP_NET_ADMIN outside of any user namespace), and a frame costs no system call, only one copy. The price: frames become
+readable when their block is closed, some milliseconds later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import errno
 import mmap
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct, pack, pack_into, unpack
 from typing import Final
@@ -45,6 +44,10 @@ _ETHERNET: Final = 1
 _LOOPBACK: Final = 772
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+
+# Nanoseconds since the epoch, number of the capture point, bytes from the Ethernet header on, is it outgoing, is its
+# checksum half done. A plain tuple: one is made for each frame, by the thread that must keep up with the kernel.
+Captured = tuple[int, int, bytes, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +102,18 @@ class PacketRing:
         """Does every packet pass twice, once in each direction?"""
         return self._is_loopback
 
-    def take(self) -> Iterator[bytes]:
-        """Copy out every closed block and give it back to the kernel."""
-        while True:
+    def take(self, point: int) -> list[Captured]:
+        """Copy out the frames of every closed block and give it back to the kernel; `point` goes into each."""
+        taken: list[Captured] = []
+        for _ in range(self._blocks):  # no more: other rings are waiting, too
             start = self._next * _BLOCK
-            status, _, _, length = _BLOCK_HEADER.unpack_from(self._memory, start)
+            status, count, offset, _ = _BLOCK_HEADER.unpack_from(self._memory, start)
             if not status & _STATUS_USER:
-                return
-            block = self._memory[start : start + length]
+                break
+            _copy_frames(self._memory, start + offset, count, point, taken)
             pack_into("=I", self._memory, start + 8, 0)
             self._next = (self._next + 1) % self._blocks
-            yield block
+        return taken
 
     def counts(self) -> RingCounts:
         """What came so far. One caller at a time: the kernel's counters start anew with every look."""
@@ -135,20 +139,17 @@ def _set_option(sock: socket.socket, option: int, value: bytes) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def frames_in(block: bytes) -> Iterator[tuple[int, bytes, bool, bool]]:
-    """The frames of a block: nanoseconds since the epoch, bytes, is it outgoing, is its checksum half done.
-
-    Plain tuples: this runs once a frame, in the thread that must keep up with the kernel.
-    """
-    _, count, offset, _ = _BLOCK_HEADER.unpack_from(block)
+def _copy_frames(memory: mmap.mmap, offset: int, count: int, point: int, taken: list[Captured]) -> None:
+    """Append the `count` frames of a block, the first of which begins at `offset`."""
     for _ in range(count):
         step, seconds, nanoseconds, size, _, status, start, _, tag, tag_type, kind = _FRAME_HEADER.unpack_from(
-            block, offset
+            memory, offset
         )
-        data = block[offset + start : offset + start + size]
+        data = memory[offset + start : offset + start + size]
         if status & _STATUS_VLAN:
             # The kernel takes the tag off what it receives.
             tag_type = tag_type if status & _STATUS_VLAN_TYPE else 0x8100
             data = b"".join((data[:12], pack("!HH", tag_type, tag), data[12:]))
-        yield seconds * 1_000_000_000 + nanoseconds, data, kind == _OUTGOING, bool(status & _STATUS_HALF_CHECKSUM)
+        time_ns = seconds * 1_000_000_000 + nanoseconds
+        taken.append((time_ns, point, data, kind == _OUTGOING, bool(status & _STATUS_HALF_CHECKSUM)))
         offset += step

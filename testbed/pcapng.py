@@ -12,11 +12,13 @@ ready', set: tools that ignore it, tcpdump among them, call its checksum incorre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from struct import Struct, pack, unpack
 from types import TracebackType
 from typing import BinaryIO, Final, Self
+
+from testbed.packet_ring import Captured
 
 _SECTION: Final = 0x0A0D0D0A
 _INTERFACE: Final = 1
@@ -39,45 +41,45 @@ _OUTBOUND: Final = 2
 _CHECKSUM_NOT_READY: Final = 1 << 9
 
 _FRAME: Final = Struct("<7I")  # type, length, interface, time high, time low, captured, on the wire
-_TAIL: Final = Struct("<HHIHHI")  # the flags option, the end of options, length again
+# By the number of bytes that fill up to four: those, the flags option, the end of options, length again.
+_TAILS: Final = tuple(Struct(f"<{padding}xHHIHHI") for padding in range(4))
 
 
 class PcapngWriter:
-    """Writes frames as they come; what is flushed is a whole file at any time."""
+    """Writes frames as they come; it is a whole file at any time."""
 
     def __init__(self, path: Path, interfaces: Sequence[str]) -> None:
         """Make the file, with one interface block for each name. OSError when it cannot be made."""
-        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self._file: BinaryIO = path.open("wb")
         self._file.write(_block(_SECTION, pack("<IHHq", _BYTE_ORDER, 1, 0, -1)))
         for name in interfaces:
             options = _option(_INTERFACE_NAME, name.encode()) + _option(_TIME_RESOLUTION, b"\x09") + _END
             self._file.write(_block(_INTERFACE, pack("<HHI", _LINK_ETHERNET, 0, _SNAP_LENGTH) + options))
 
-    def add(self, interface: int, time_ns: int, data: bytes, *, outgoing: bool, half_checksum: bool) -> None:
-        """Append a frame of the interface with that index."""
-        size = len(data)
-        padding = -size % 4
-        length = _FRAME.size + size + padding + _TAIL.size
-        flags = (_OUTBOUND if outgoing else _INBOUND) | (_CHECKSUM_NOT_READY if half_checksum else 0)
-        self._file.write(
-            b"".join(
-                (
-                    _FRAME.pack(_PACKET, length, interface, time_ns >> 32, time_ns & 0xFFFFFFFF, size, size),
-                    data,
-                    b"\0\0\0"[:padding],
-                    _TAIL.pack(2, 4, flags, 0, 0, length),
-                )
-            )
-        )
+    def add(self, frames: Iterable[Captured]) -> None:
+        """Append frames; the numbers of their points are the interfaces'. Readers see them at once.
 
-    def flush(self) -> None:
-        """Let readers see what was added."""
+        One write for all: the bytes are copied once on their way to the kernel.
+        """
+        parts: list[bytes] = []
+        for time_ns, interface, data, outgoing, half_checksum in frames:
+            size = len(data)
+            tail = _TAILS[-size % 4]
+            length = _FRAME.size + size + tail.size
+            flags = (_OUTBOUND if outgoing else _INBOUND) | (_CHECKSUM_NOT_READY if half_checksum else 0)
+            parts += (
+                _FRAME.pack(_PACKET, length, interface, time_ns >> 32, time_ns & 0xFFFFFFFF, size, size),
+                data,
+                tail.pack(2, 4, flags, 0, 0, length),
+            )
+        self._file.write(b"".join(parts))
         self._file.flush()
 
     def add_statistics(self, interface: int, time_ns: int, received: int, dropped: int) -> None:
         """Append how many frames reached the interface's capture, and how many of them it lost."""
         options = _option(_RECEIVED, pack("<Q", received)) + _option(_DROPPED, pack("<Q", dropped)) + _END
         self._file.write(_block(_STATISTICS, pack("<III", interface, time_ns >> 32, time_ns & 0xFFFFFFFF) + options))
+        self._file.flush()
 
     def close(self) -> None:
         """Write what is left and close the file."""

@@ -369,6 +369,9 @@ def test_a_kept_lab_whose_keeper_is_killed_leaves_nothing(project: pytest.Pytest
     (engine,) = inside(record, "b")
     os.kill(record.pid, signal.SIGKILL)
     until(lambda: start_time(engine) is None, "the engine's end")
+    until(
+        lambda: start_time(record.pid) is None, "the keeper's end"
+    )  # its descriptors go first, and the warden sees it
     assert name not in [record.name for record in registry.records()]
 
 

@@ -165,7 +165,7 @@ def test_a_keeper_that_is_killed_leaves_nothing(lab: str) -> None:
     assert daemons
     os.kill(record["pid"], signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE
-    while set(in_lab(LONG)) & set(daemons) and time.monotonic() < deadline:
+    while (set(in_lab(LONG)) & set(daemons) or start_time(record["pid"])) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(in_lab(LONG)) & set(daemons)
     assert lab not in run_testbed("ls").stdout
