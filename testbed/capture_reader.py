@@ -99,7 +99,8 @@ class CaptureReader:
         self._queue.put(request)
         if self.wait(lambda: request.is_done, within):
             return []
-        return [tap.label for tap, amount in zip(self._taps, request.amounts, strict=True) if tap.taken < amount]
+        late = [tap.label for tap, amount in zip(self._taps, request.amounts, strict=True) if tap.taken < amount]
+        return late or [tap.label for tap in self._taps]  # all were taken, and some are not released yet
 
     def finish(self) -> None:
         """Release what was taken, write the statistics, end."""

@@ -1,7 +1,8 @@
 /*
  * UDP datagrams at a steady rate.
  *
- *   datagrams ADDRESS PORT BYTES RATE SECONDS   BYTES of payload each, RATE of them a second; prints how many were sent
+ *   datagrams ADDRESS PORT BYTES RATE SECONDS   BYTES of payload each, RATE of them a second; prints how many
+ *                                               were sent, and the seconds that took
  *
  * A burst every half millisecond; what a busy machine delays is made up for.
  */
@@ -57,6 +58,6 @@ int main(int argc, char **argv)
 		}
 		nanosleep(&pause, NULL);
 	}
-	printf("%lld\n", sent);
+	printf("%lld %f\n", sent, seconds() - begin);
 	return 0;
 }

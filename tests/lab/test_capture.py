@@ -8,7 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from testbed.capture import CaptureError, CapturePoint, CaptureSession
 from testbed.checksums import checksum_errors
 from testbed.frames import Frame
 from testbed.netns import Namespace
+from testbed.packet_ring import Captured
+from testbed.pcapng import PcapngWriter
 
 pytestmark = pytest.mark.lab
 
@@ -324,6 +327,26 @@ def test_tcpdump_opens_the_file(link: Wire, tmp_path: Path) -> None:
         sender.send(b"hello")
     shown = subprocess.run(["tcpdump", "-nr", str(session.path), "udp"], capture_output=True, text=True, check=True)
     assert shown.stdout.count("> 10.9.0.2.9: UDP, length 5") == 2
+
+
+def test_frames_that_were_read_but_are_not_in_the_file_yet_are_an_error(
+    link: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_free, add = threading.Event(), PcapngWriter.add
+
+    def add_late(self: PcapngWriter, frames: Sequence[Captured]) -> None:
+        if frames:
+            is_free.wait(10)
+        add(self, frames)
+
+    with link.udp_sender() as sender, CaptureSession(link.points, tmp_path) as session:
+        monkeypatch.setattr(PcapngWriter, "add", add_late)
+        sender.send(b"late")
+        with pytest.raises(CaptureError, match=r"not all frames were read within 0.2 s at left:eth0, right:eth0"):
+            session.settle(0.2)
+        is_free.set()
+        session.settle()
+        assert _payloads(session, "right:eth0") == [b"late"]
 
 
 def test_a_full_disk_is_an_error_that_names_it(link: Wire, tmp_path: Path) -> None:
