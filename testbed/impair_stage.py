@@ -29,6 +29,8 @@ _ETH_P_ALL: Final = 3
 _ETH_P_8021Q: Final = 0x8100
 _PACKET_OUTGOING: Final = 4  # linux/if_packet.h
 _SO_RCVBUFFORCE: Final = 33
+_SO_TIMESTAMPNS: Final = 35
+_TIMESTAMP: Final = struct.Struct("@2l")  # struct timespec
 _SOL_PACKET: Final = 263
 _PACKET_STATISTICS: Final = 6
 _PACKET_AUXDATA: Final = 8
@@ -36,6 +38,7 @@ _AUXDATA: Final = struct.Struct("=3I2H2H")  # linux/if_packet.h, struct tpacket_
 _STATUS_LOSING: Final = 1 << 2
 _STATUS_VLAN: Final = 1 << 4
 _STATUS_VLAN_TYPE: Final = 1 << 6
+_CONTROL: Final = socket.CMSG_SPACE(_AUXDATA.size) + socket.CMSG_SPACE(_TIMESTAMP.size)
 _BUFFER: Final = 4 << 20
 _LARGEST: Final = 1 << 17
 _BURST: Final = 64  # frames read before those that are due are sent
@@ -57,6 +60,7 @@ def _open(interface: str) -> socket.socket:
     except PermissionError:  # rootless
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     opened.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
+    opened.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     opened.bind((interface, _ETH_P_ALL))
     opened.setblocking(False)
     return opened
@@ -75,8 +79,8 @@ def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
             frames, dropped = _frames(source)
             lane.direction.counts.seen += dropped
             lane.direction.counts.overflowed += dropped
-            for frame in frames:
-                for departure in lane.direction.departures(time.monotonic(), frame):
+            for arrived, frame in frames:
+                for departure in lane.direction.departures(arrived, frame):
                     number += 1
                     heapq.heappush(waiting, (departure.when, number, lane, departure.frame))
             RECORD.pack_into(counters, place * RECORD.size, *astuple(lane.direction.counts))
@@ -88,16 +92,22 @@ def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
                 print(f"a frame of {len(frame)} bytes was not sent: {os.strerror(error.errno or 0)}", flush=True)
 
 
-def _frames(source: socket.socket) -> tuple[list[bytes], int]:
-    """The frames that came in, some at most, as they were on the wire; and how many found no room since last time."""
-    found: list[bytes] = []
+def _frames(source: socket.socket) -> tuple[list[tuple[float, bytes]], int]:
+    """The frames that came in, some at most, as they were on the wire; and how many found no room since last time.
+
+    Each with the moment when the kernel took it: that it waited for us is no delay of the link's.
+    """
+    found: list[tuple[float, bytes]] = []
     dropped = 0
+    ahead = time.monotonic() - time.time()  # of the clock that the kernel's stamps are from
     while len(found) < _BURST:
         try:
-            frame, control, _, address = source.recvmsg(_LARGEST, socket.CMSG_SPACE(_AUXDATA.size))
+            frame, messages, _, address = source.recvmsg(_LARGEST, _CONTROL)
         except OSError:  # nothing more, or the interface went down: that is told once and over
             break
-        status, *_, tag, tag_type = _AUXDATA.unpack(control[0][2])
+        control = {level: data for level, _, data in messages}
+        status, *_, tag, tag_type = _AUXDATA.unpack(control[_SOL_PACKET])
+        seconds, nanoseconds = _TIMESTAMP.unpack(control[socket.SOL_SOCKET])
         if status & _STATUS_LOSING:
             _, lately = struct.unpack("=2I", source.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
             dropped += lately
@@ -106,7 +116,7 @@ def _frames(source: socket.socket) -> tuple[list[bytes], int]:
         if status & _STATUS_VLAN:  # the kernel takes the tag off what it receives
             tag_type = tag_type if status & _STATUS_VLAN_TYPE else _ETH_P_8021Q
             frame = b"".join((frame[:12], struct.pack("!HH", tag_type, tag), frame[12:]))
-        found.append(frame)
+        found.append((seconds + nanoseconds / 1e9 + ahead, frame))
     return found, dropped
 
 

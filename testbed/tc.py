@@ -57,7 +57,7 @@ _LARGEST_32: Final = 0xFFFFFFFF
 
 _UNDER_WAY: Final = 100_000  # packets that netem holds at most; the stage has no such bound
 _HEADERS: Final = 14 + 2 * 4  # bytes of a frame beside its MTU: Ethernet, two VLAN tags
-_LATE: Final = 0.001  # seconds that the timer may be late without loss of rate
+_LATE: Final = 0.004  # seconds that the timer may be late without loss of rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def netem(interface: int, impairment: Impairment, label: str) -> Request:
 def tbf(interface: int, rate: int, mtu: int, *, inside_netem: bool) -> Request:
     """At most `rate` bits a second, by itself or for what leaves netem."""
     each_second = max(1, rate // 8)
-    burst = max(mtu + _HEADERS, int(each_second * _LATE))
+    burst = max(2 * (mtu + _HEADERS), int(each_second * _LATE))
     specification = _RATESPEC.pack(0, _ETHERNET, 0, 0, 0, min(each_second, _LARGEST_32))
     options = attribute(_TCA_TBF_PARMS, _TBF.pack(specification, QUEUE, 0, 0))
     options += attribute(_TCA_TBF_RATE64, struct.pack("=Q", each_second)) if each_second > _LARGEST_32 else b""

@@ -156,20 +156,20 @@ def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp
         there, back = ways(lab, "a", "b"), ways(lab, "b", "a")
     low, *_, high = statistics.quantiles(there, n=10)
     assert min(there) >= 0.0098
-    assert 0.010 < low < 0.015
-    assert 0.025 < high < 0.034  # a busy machine is late, never early
-    assert statistics.median(back) < 0.009
+    assert 0.010 < low < 0.016  # a busy machine is late, never early
+    assert 0.010 < high - low < 0.025
+    assert statistics.median(back) < 0.0098
 
 
 @pytest.mark.parametrize("seed", [STAGE, NETEM])
 def test_reordered_frames_overtake_others(seed: str, tmp_path: Path) -> None:
-    with running(ONE_WAY % f"{{delay: 20ms, reorder: 30%{seed}}}", tmp_path) as lab:
+    with running(ONE_WAY % f"{{delay: 60ms, reorder: 30%{seed}}}", tmp_path) as lab:
         send(lab, "a", 100)
         settled(lab)
         there, counts = ways(lab, "a", "b"), lab.impairments["a:eth0"]
         order = list(numbered(seen(lab, "b", outgoing=False)))
     assert order != sorted(order)
-    early = sum(way < 0.02 for way in there)
+    early = sum(way < 0.06 for way in there)
     assert 15 < early < 45
     assert abs(early - counts.reordered) < 6  # other frames are among those that were counted
 
@@ -188,12 +188,12 @@ def test_a_rate_is_kept_within_a_tenth(impairment: str, means: str, tmp_path: Pa
     with running(ONE_WAY % f"{{{impairment}}}", tmp_path) as lab:
         send(lab, "a", 150, size=1000)
         settled(lab)
-        arrived = numbered(seen(lab, "b", outgoing=False))
+        sent, arrived = (numbered(seen(lab, node, outgoing=node == "a")) for node in "ab")
         assert lab.impairments["a:eth0"].seen >= 150
         assert (tmp_path / LOG).read_text() == f"a:eth0: impaired {means}\n"
     assert list(arrived) == list(range(150))
-    times = [frame.time_ns / 1e9 for frame in arrived.values()][1:]  # tbf lets the first pass at once
-    assert (len(times) - 1) * 8000 / (times[-1] - times[0]) == pytest.approx(4e6, rel=0.1)
+    taken = arrived[149].time_ns - sent[0].time_ns  # tbf lets two pass at once
+    assert 150 * 8000 / taken * 1e9 == pytest.approx(4e6, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", [STAGE, TBF])
@@ -208,8 +208,15 @@ def test_what_finds_no_room_in_front_of_a_rate_is_lost_and_counted(seed: str, tm
     assert 0 <= counts.seen - 360 < 6
 
 
-@pytest.mark.parametrize("seed", [STAGE, NETEM])
-def test_corrupt_datagrams_reach_no_program(seed: str) -> None:
+@pytest.mark.parametrize(
+    ("seed", "most"),
+    [
+        pytest.param(", seed: 7", 0, id="user space"),
+        # Where it flips a bit of the sender's MAC, nobody minds.
+        pytest.param("", 10, id="netem", marks=NEEDS_NETEM),
+    ],
+)
+def test_corrupt_datagrams_reach_no_program(seed: str, most: int) -> None:
     open_one = partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
     with Lab(loads(ONE_WAY % f"{{corrupt: 100%{seed}}}"), capture=False) as lab:
         # The receiver's MAC is told: the question for it would be corrupt, too.
@@ -219,8 +226,12 @@ def test_corrupt_datagrams_reach_no_program(seed: str) -> None:
             receiver.settimeout(QUIET)
             for _ in range(50):
                 sender.sendto(bytes(100), ("10.0.0.2", 9))
-            with pytest.raises(TimeoutError):
-                receiver.recv(200)
+            arrived: list[bytes] = []
+            with suppress(TimeoutError):
+                while True:
+                    arrived.append(receiver.recv(200))
+    assert arrived == [bytes(100)] * len(arrived)
+    assert len(arrived) <= most
 
 
 @pytest.mark.parametrize(
@@ -266,7 +277,8 @@ def test_tcp_delivers_every_byte_over_a_link_that_does_everything_at_once(seed: 
     with running(text, tmp_path) as lab:
         assert fetch(lab, "a", "10.0.0.2", tmp_path) == content(150_000)
         assert fetch(lab, "a", "[fd00::2]", tmp_path) == content(150_000)
-        assert lab.impairments["b:eth0"].lost > 0
+        counts = lab.impairments["b:eth0"]
+    assert counts.lost + counts.duplicated + counts.reordered > 0
 
 
 def test_tcp_over_the_ready_lab_delivers_every_byte(tmp_path: Path) -> None:
@@ -296,7 +308,7 @@ links:
         assert fetch(lab, "c", "10.0.1.2", tmp_path) == content(1_000_000)
         settled(lab)
         assert lab.capture is not None
-        assert any(len(frame.data) > 3000 and frame.half_checksum for frame in lab.capture.frames("r:eth1"))
+        assert any(len(frame.data) > 1514 and frame.half_checksum for frame in lab.capture.frames("r:eth1"))
         arrived = seen(lab, "c", outgoing=False)
     assert max(len(frame.data) for frame in arrived) == 1514
     assert not any(frame.half_checksum for frame in arrived)

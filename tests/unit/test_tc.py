@@ -139,13 +139,13 @@ def test_ends_choose_differently() -> None:
 @pytest.mark.parametrize(
     ("rate", "mtu", "burst", "above_32_bits"),
     [
-        pytest.param(4_000_000, 1500, 1522, b"", id="a frame at least"),
-        pytest.param(1_000_000_000, 1500, 125_000, b"", id="a millisecond at least"),
-        pytest.param(8, 68, 90, b"", id="a byte a second"),
+        pytest.param(4_000_000, 1500, 3044, b"", id="two frames at least"),
+        pytest.param(1_000_000_000, 1500, 500_000, b"", id="four milliseconds at least"),
+        pytest.param(8, 68, 180, b"", id="a byte a second"),
         pytest.param(
             8 * 5_000_000_000,
             9000,
-            5_000_000,
+            20_000_000,
             attribute(4, (5_000_000_000).to_bytes(8, "little")),
             id="more than 32 bits can say",
         ),
