@@ -46,14 +46,20 @@ def monitor(*, as_json: bool, count: int | None) -> None:
 )
 @_as_json
 @click.option("--count", type=click.IntRange(1), metavar="N", help="End after N packets.")
+@click.option(
+    "--decisions",
+    is_flag=True,
+    help="Without packets that go by an earlier decision on the hot path: these are neither shown nor slowed.",
+)
 @click.argument("filter_", metavar="[FILTER]...", nargs=-1, type=click.UNPROCESSED)
-def trace(filter_: tuple[str, ...], *, as_json: bool, count: int | None) -> None:
+def trace(filter_: tuple[str, ...], *, as_json: bool, count: int | None, decisions: bool) -> None:
     """Print the way of each packet that FILTER wants: hook, tuple before and after, and who decided.
 
     FILTER is a rule as to iptables, without chain and target; it may match the packet as it came or as it goes on.
     Options of this command come before it. With datapath kernel only first packets come by. Ends with Ctrl-C.
     """
-    _print_events({"call": "trace", "arguments": list(filter_)}, as_json=as_json, count=count)
+    request = {"call": "trace", "arguments": list(filter_), "decisions": decisions}
+    _print_events(request, as_json=as_json, count=count)
 
 
 def _print_events(request: wire.Message, *, as_json: bool, count: int | None) -> None:

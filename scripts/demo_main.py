@@ -192,7 +192,8 @@ def demonstrate(console: Console, directory: Path, datapath: str) -> bool:
     """Run the lab and every check on it; True if all hold."""
     topology = load(TOPOLOGY)
     before = interfaces()
-    with Lab(topology, directory, programs=False, engine_options={"gateway": ("--datapath", datapath)}) as lab:
+    options = {"gateway": ("--datapath", datapath)}
+    with Lab(topology, directory, programs=False, engine_options=options, record=True) as lab:
         run = work(lab)
         assert lab.capture is not None
         points = lab.capture.points

@@ -25,6 +25,7 @@ from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.diagram import diagram
 from testbed.impair import notes
+from testbed.journal import LAB, command_line
 from testbed.lab import Lab, LabError, kernel_means
 from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
@@ -200,14 +201,16 @@ def run(file: Path, directory: Path | None, node: str | None, report: Path | Non
     logs = _directory(topology, directory)
     click.echo(f"logs and captures: {logs}", err=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
-    with Lab(topology, logs) as lab:
+    with Lab(topology, logs, record=report is not None) as lab:
         _tell_impairments(topology)
-        if node is None:
-            status = subprocess.run(command, check=False).returncode
-        else:
-            with lab[node].namespace.entered():
-                running = subprocess.Popen(command, env=environment())
-            status = running.wait()
+        with lab.journal.during(node or LAB, command_line(command)) as entry:
+            if node is None:
+                status = subprocess.run(command, check=False).returncode
+            else:
+                with lab[node].namespace.entered():
+                    running = subprocess.Popen(command, env=environment())
+                status = running.wait()
+            entry.end(f"exit status {status}", is_bad=status != 0)
         if report is not None:
             write_report(lab, report)
             click.echo(f"report: {report}", err=True)

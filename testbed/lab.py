@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +22,12 @@ from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.impair import KERNEL_MEANS, LOG, WIRE, Stage, is_impaired, kernel_counts, notes, why_in_user_space
 from testbed.impair_model import Counts
+from testbed.journal import LAB, Journal, command_line
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.plan import plan
 from testbed.process import Program, ServiceError, environment, sweep, temporary_folder
+from testbed.recorder import Recorder, Recording
 from testbed.topology import ENGINE, Address, Link, Node, Readiness, Service, Topology
 from testbed.topology_file import check
 from testbed.undo import Undo
@@ -84,16 +87,18 @@ class NodeHandle:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; LabError, with what it wrote, when it fails (and `check`) or takes too long."""
         try:
-            with self.namespace.entered():
-                running = subprocess.Popen(
-                    list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-                )
-            with running:
-                try:
-                    output, errors = running.communicate(timeout=timeout)
-                except BaseException:
-                    running.kill()
-                    raise
+            with self._lab.journal.during(self.name, command_line(command)) as entry:
+                with self.namespace.entered():
+                    running = subprocess.Popen(
+                        list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+                    )
+                with running:
+                    try:
+                        output, errors = running.communicate(timeout=timeout)
+                    except BaseException:
+                        running.kill()
+                        raise
+                entry.end(f"exit status {running.returncode}", is_bad=check and running.returncode != 0)
         except OSError as error:
             raise LabError(f"{self.name}: cannot run {command[0]!r}: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
@@ -118,15 +123,20 @@ class Lab:
         capture: bool = True,
         programs: bool = True,
         engine_options: Mapping[str, Sequence[str]] | None = None,
+        record: bool = False,
     ) -> None:
         """A lab that keeps its logs and captures in `directory`, or in a temporary one that goes with it.
 
-        `engine_options`: further options of tproxyd, by node, beside those of the topology.
+        `engine_options`: further options of tproxyd, by node, beside those of the topology. `record`: listen to the
+        engines, so that a report has their decisions packet by packet; for its first packets it slows them.
         """
         self.topology = topology
         self.capture: CaptureSession | None = None
         self.programs: dict[tuple[str, str], Program] = {}
         self.left_over: list[str] = []  # after the end: what outlived the undoing, and that was killed if it could be
+        self.journal = Journal()
+        self._recorder: Recorder | None = None
+        self._wants_record = record
         self._wants_capture = capture
         self._wants_programs = programs
         self._engine_options = engine_options or {}
@@ -141,9 +151,14 @@ class Lab:
 
     def __enter__(self) -> Self:
         try:
-            self._build()
+            with self.journal.during(LAB, "namespaces and links"):
+                self._build()
+            if self._wants_record:
+                self._recorder = Recorder()
+                self._undo.add("the recorder", self._recorder.close)
             if self._wants_capture:
-                self._start_capture()
+                with self.journal.during(LAB, "captures are armed"):
+                    self._start_capture()
             self._start_stage()
             if self._wants_programs:
                 self.start_programs()
@@ -208,10 +223,25 @@ class Lab:
         if key not in self.programs:
             log.unlink(missing_ok=True)  # of an earlier lab in this directory
         namespace = self._builder.namespace(node)
-        program = Program(f"{node}/{service.name}", service.words, namespace, log, service.ready)
+        entry = self.journal.begin(node, service.name)
+        try:
+            program = Program(f"{node}/{service.name}", service.words, namespace, log, service.ready)
+        except ServiceError:
+            entry.end("did not get ready", is_bad=True)
+            raise
+        entry.ready, entry.program = time.time_ns(), program
         self.programs[key] = program
         self._undo.add(program.label, program.stop)
+        if self._recorder is not None:
+            self._recorder.watch(entry)
+            if service.name == ENGINE:
+                with contextlib.suppress(OSError):  # one that has ended already says why when the lab ends
+                    self._recorder.attach(node, namespace)
         return program
+
+    def recording(self) -> Recording:
+        """What its engines told so far, if they are listened to."""
+        return Recording() if self._recorder is None else self._recorder.recording()
 
     def at_end(self, what: str, step: Callable[[], object]) -> None:
         """Have something done when the lab ends, before anything earlier is undone; `what` names it if it fails."""
@@ -231,6 +261,8 @@ class Lab:
         self._builder.close()
         if self._watch is not None:
             self._watch.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def start_programs(self) -> None:
         """Start the engines, then the services: done on entering, unless the lab was made with `programs=False`."""

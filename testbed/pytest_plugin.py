@@ -161,7 +161,7 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
     description = _topology_from(topology, request.path)
     folder = ArtefactFolder.claim(config.rootpath / config.getoption("--lab-artefacts"), node.nodeid)
     node.stash[_folder_of] = folder
-    lab = Lab(description, folder.path)
+    lab = Lab(description, folder.path, record=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lab)
         node.stash[_lab_of] = lab

@@ -212,7 +212,7 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
         # Not blocked and waited for: what the keeper starts would have it blocked, too.
         signal.signal(signal.SIGTERM, _leave)
         redirect(logs / LOG)
-        with contextlib.suppress(_Down), Lab(topology, logs) as lab, _listening(topology.name) as listener:
+        with contextlib.suppress(_Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
             record.write()

@@ -183,7 +183,7 @@ class Answers:
 
     def _trace(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)
-        self.publisher.trace(caller, _arguments(request))
+        self.publisher.trace(caller, _arguments(request), is_brief=request.get("decisions") is True)
         return {"datapath": self._status()["datapath"]}
 
 

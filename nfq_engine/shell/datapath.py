@@ -61,8 +61,8 @@ class Datapath(ABC):
         # The queue's: have a packet handled again, whole; and whose socket sent the packet that is being handled.
         self.handle_whole: Callable[[QueuedPacket], None] = lambda packet: packet.drop()
         self.owner: Callable[[], Owner | None] = lambda: None
-        self.on_packet: Callable[[Seen], None] | None = None  # is told of packets that are dropped, if nothing else
-        self.is_traced = False  # and of all others too
+        self.on_packet: Callable[[Seen], None] | None = None  # is told of every decision, if somebody listens
+        self.is_traced = False  # and of packets that go by an earlier one
         self._interfaces = interfaces
         self._mark = mark
         self._drops_to_log = _DROPS_LOGGED
@@ -147,7 +147,7 @@ class Datapath(ABC):
         self, packet: QueuedPacket, hook: Hook, data: bytes, decision: Decision, after: FlowTuple | None = None
     ) -> None:
         """Tell who wants to know of a packet and its verdict."""
-        if self.on_packet is not None and (self.is_traced or decision.verdict is Verdict.DROP):
+        if self.on_packet is not None:
             in_interface, out_interface = self._interfaces.name(packet.indev), self._interfaces.name(packet.outdev)
             self.on_packet(Seen(hook, in_interface, out_interface, packet.get_mark(), data, decision, after))
 

@@ -30,10 +30,11 @@ _CHAIN: Final = "filter"
 
 
 class PacketFilter:
-    """Which packets a listener wants: a rule without a target, as iptables would be given it."""
+    """Which packets a listener wants: a rule without a target, as to iptables; an empty one wants all."""
 
     def __init__(self, arguments: list[str]) -> None:
         """RuleError when the arguments are none of a rule."""
+        self._wants_all = not arguments
         self._ruleset = Ruleset()
         # A chain of one's own takes both -i and -o.
         for command in (["-N", _CHAIN], ["-A", _CHAIN, *arguments, "-j", "DROP"], ["-A", "PREROUTING", "-j", _CHAIN]):
@@ -41,15 +42,19 @@ class PacketFilter:
 
     def wants(self, packet: RulePacket, now: float) -> bool:
         """Does the rule match?"""
-        return isinstance(self._ruleset.evaluate(BuiltinChain.PREROUTING, packet, now), Drop)
+        return self._wants_all or isinstance(self._ruleset.evaluate(BuiltinChain.PREROUTING, packet, now), Drop)
 
 
 @dataclass(slots=True)
 class _Listener:
-    """One subscription: all events, or with a filter the packets that it wants; `lost`: events it did not read."""
+    """One subscription: all events, or with a filter the packets that it wants; `lost`: events it did not read.
+
+    `is_brief`: packets that go by an earlier decision need not be told.
+    """
 
     caller: Caller
     filter: PacketFilter | None
+    is_brief: bool = False
     lost: int = 0
 
     def tell(self, message: wire.Message) -> None:
@@ -76,9 +81,12 @@ class Publisher:
         self._monitors.append(_Listener(caller, None))
         self._listen()
 
-    def trace(self, caller: Caller, arguments: list[str]) -> None:
-        """Tell a client of every packet that a filter wants, at each hook; RuleError when the filter is none."""
-        self._tracers.append(_Listener(caller, PacketFilter(arguments)))
+    def trace(self, caller: Caller, arguments: list[str], *, is_brief: bool) -> None:
+        """Tell a client of every packet that a filter wants, at each hook; RuleError when the filter is none.
+
+        `is_brief`: of those that are decided anew; the hot path is as fast as when nobody listens.
+        """
+        self._tracers.append(_Listener(caller, PacketFilter(arguments), is_brief))
         self._listen()
 
     def forget(self, caller: Caller) -> None:
@@ -91,7 +99,7 @@ class Publisher:
         """Be told what somebody wants to know, and no more."""
         self._datapath.table.observe = self._happened if self._monitors else unobserved
         self._datapath.on_packet = self._saw if self._monitors or self._tracers else None
-        self._datapath.is_traced = bool(self._tracers)
+        self._datapath.is_traced = any(not listener.is_brief for listener in self._tracers)
 
     def _happened(self, event: Event, subject: Subject) -> None:
         """Something happened to a sockref or a connection."""
@@ -100,11 +108,12 @@ class Publisher:
 
     def _saw(self, seen: Seen) -> None:
         """A packet got its verdict."""
-        before = _flow_of(seen.data)
-        if seen.decision.verdict is Verdict.DROP:
-            self._tell_monitors({"time": time.time(), "event": "dropped", **_packet_form(seen, before)})
-        if not self._tracers:
+        is_dropped = seen.decision.verdict is Verdict.DROP
+        if not self._tracers and not is_dropped:
             return
+        before = _flow_of(seen.data)
+        if is_dropped:
+            self._tell_monitors({"time": time.time(), "event": "dropped", **_packet_form(seen, before)})
         after = seen.after or (_flow_of(seen.decision.payload) if seen.decision.payload is not None else before)
         wanting = [listener for listener in self._tracers if _wants(listener, seen, before, after)]
         if not wanting:

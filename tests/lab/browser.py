@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 
 PATIENCE: Final = 30.0  # seconds for an answer
-KEYS: Final = {"Enter": "\ue007", "ArrowDown": "\ue015"}
+KEYS: Final = {"Enter": "\ue007", "ArrowDown": "\ue015"}  # a character is its own key
 _ELEMENT: Final = "element-6066-11e4-a52e-4f735466cecf"  # what WebDriver calls a reference to an element
 # As root Chromium has no sandbox; and nothing of it is to leave this machine.
 _FLAGS: Final = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
@@ -39,8 +39,19 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key on what has the focus."""
-        strokes = [{"type": kind, "value": KEYS[key]} for kind in ("keyDown", "keyUp")]
+        strokes = [{"type": kind, "value": KEYS.get(key, key)} for kind in ("keyDown", "keyUp")]
         ask(f"{self.url}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def look(self, width: int, *, is_dark: bool) -> None:
+        """A window as wide, as tall as the page is; and whether its user likes it dark."""
+        self._command(
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}]},
+        )
+        window = {"width": width, "deviceScaleFactor": 1, "mobile": False}
+        self._command("Emulation.setDeviceMetricsOverride", {**window, "height": 1000})
+        height = self.evaluate("document.documentElement.scrollHeight")
+        self._command("Emulation.setDeviceMetricsOverride", {**window, "height": height})
 
     def evaluate(self, expression: str) -> Any:
         """The value of some JavaScript."""
@@ -53,6 +64,10 @@ class Browser:
     def picture(self) -> bytes:
         """What is to be seen, as PNG."""
         return base64.b64decode(ask(f"{self.url}/screenshot"))
+
+    def _command(self, name: str, parameters: dict[str, Any]) -> None:
+        """What WebDriver has no word for, in Chromium's own."""
+        ask(f"{self.url}/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def _find(self, selector: str) -> str:
         found: str = ask(f"{self.url}/element", {"using": "css selector", "value": selector})[_ELEMENT]

@@ -128,10 +128,11 @@ def engine_lab(
     options: Sequence[str] = (),
     *,
     capture: bool = False,
+    record: bool = False,
 ) -> Iterator[EngineLab]:
     """A running lab."""
     with (
-        Lab(loads(topology(rules, datapath, options)), directory, capture=capture) as lab,
+        Lab(loads(topology(rules, datapath, options)), directory, capture=capture, record=record) as lab,
         contextlib.ExitStack() as stack,
     ):
         tproxy = lab["gateway"].call(Tproxy)

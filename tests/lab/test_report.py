@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from browser import Browser, browser
-from engine_lab import FOREIGN, engine_lab
+from engine_lab import FOREIGN, engine_lab, until
 
 from testbed.lab import Lab
 from testbed.report import report, write_report
@@ -21,7 +22,7 @@ from testbed.topology_file import loads
 
 pytestmark = pytest.mark.lab
 
-ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+REPOSITORY = Path(__file__).parents[2]
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 RULES = ("-A PREROUTING -p udp -m udp --dport 80 -j TPROXY --on-port 50080",)
 
@@ -73,7 +74,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def proxied(tmp_path: Path) -> Iterator[Path]:
     """The report of a datagram that went through the proxy on the gateway, and came back; all said is hostile."""
-    with engine_lab(tmp_path, RULES, "inline", capture=True) as lab:
+    with engine_lab(tmp_path, RULES, "inline", capture=True, record=True) as lab:
         words = ["sh", "-c", 'echo "$0"; exec sleep 60', HOSTILE]
         lab.gateway.start("talker", words, Readiness(log="script"))
         proxy = lab.bound(lab.gateway, socket.SOCK_DGRAM, "0.0.0.0", 50080)
@@ -117,6 +118,31 @@ def test_a_report_shows_topology_connections_decisions_and_logs_of_a_proxied_exc
     assert len([panel for panel in page.all("details") if (panel.get("id") or "").startswith("packet-")]) == 2
     assert "###[ UDP ]###" in page.text
     assert "cannot be had" not in page.text
+
+
+def test_a_packet_has_the_engines_decisions_with_hook_reason_and_rule(proxied: Path) -> None:
+    text = proxied.read_text()
+    asked, answered = re.split(r'<details id="packet-\d+">', text)[1:3]
+    assert """class="note word" title="gateway's engine at PREROUTING: PREROUTING 1">redirect<""" in asked
+    (decision,) = re.findall(r'<tr class="mono">(.+)</tr>', asked)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", decision)
+    assert cells[:2] == ["gateway", "PREROUTING"]
+    assert re.fullmatch(r"10\.0\.0\.1:\d+ → 198\.51\.100\.7:80", cells[2])
+    assert re.fullmatch(r"10\.0\.0\.1:\d+ → 10\.0\.0\.2:50080", cells[3])
+    assert cells[4:] == ["redirect", "PREROUTING 1"]
+    assert "translated" in answered.partition("</table>")[0]
+
+
+def test_the_timeline_has_programs_captures_events_and_packets_on_one_axis(proxied: Path) -> None:
+    text = proxied.read_text()
+    chart = text[text.index('<div class="timeline"') : text.index("0 is when the first connection began")]
+    lanes = [re.sub(r"<[^>]+>", "", lane) for lane in re.findall(r'<span class="label">(.+?)</span>', chart)]
+    assert lanes[:4] == ["lab ", "gateway tproxyd", "gateway talker", "gateway engine&#39;s events"]
+    assert re.search(r'title="tproxyd is ready, -[\d.]+ ms"', chart)
+    assert re.search(r'class="mark mapped" style="--b: [\d.]+" title="mapped #\d+ udp 10\.0\.0\.1:', chart)
+    assert len(re.findall(r'href="#packet-\d+" class="mark (?:forward|back)"', chart)) == 2
+    listed = Page(proxied).text
+    assert re.search(r"captures are armed", listed[listed.index("The same as a list") :])
 
 
 def test_what_came_over_the_wire_or_out_of_a_program_is_text_and_nothing_else(proxied: Path) -> None:
@@ -166,6 +192,15 @@ def test_a_lab_without_captures_has_a_report_that_says_so(tmp_path: Path) -> Non
         assert "nothing was captured" in report(lab)
 
 
+def test_a_program_that_ended_by_itself_is_on_the_timeline_with_its_end(tmp_path: Path) -> None:
+    with engine_lab(tmp_path, RULES, "inline", capture=True, record=True) as lab:
+        program = lab.gateway.start("brief", ["sh", "-c", "exec sleep 0.1"])
+        assert program.wait(3) == 0
+        (entry,) = [entry for entry in lab.lab.journal.entries if entry.what == "brief"]
+        until(lambda: entry.ended is not None, "its end is noticed")
+        assert entry.outcome == "exit status 0"
+
+
 def test_testbed_run_writes_a_report_also_when_its_command_fails(tmp_path: Path) -> None:
     file, page = tmp_path / "lab.yaml", tmp_path / "lab.html"
     file.write_text("name: small\nnodes: {a: , b: }\nlinks:\n  - ends: [{node: a}, {node: b}]\n")
@@ -174,7 +209,9 @@ def test_testbed_run_writes_a_report_also_when_its_command_fails(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 7
     assert f"report: {page}" in done.stderr
-    assert re.search(r"udp 10\.0\.0\.1:\d+ → 10\.0\.0\.2:9: 2 packets", Page(page).text)  # the other is the refusal
+    text = Page(page).text
+    assert re.search(r"udp 10\.0\.0\.1:\d+ → 10\.0\.0\.2:9: 2 packets", text)  # the other is the refusal
+    assert "bash -c 'echo x > /dev/udp/10.0.0.2/9; exit 7': exit status 7" in text  # the timeline
 
 
 def test_testbed_run_refuses_a_report_in_no_folder_before_it_builds_anything(tmp_path: Path) -> None:
@@ -191,34 +228,84 @@ def test_testbed_run_refuses_a_report_in_no_folder_before_it_builds_anything(tmp
 # ---- in a browser ----
 
 
+@pytest.fixture
+def screenshots(tmp_path: Path, record_property: Callable[[str, object], None]) -> Path:
+    """Where pictures go: where CI finds them, and the plugin's summary names it; else where nobody has to clean up."""
+    if not os.environ.get("CI"):
+        return tmp_path
+    folder = REPOSITORY / "artefacts" / "report-screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    record_property("lab artefacts", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser; it takes a second or two to start."""
+    with browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
 def is_open(looking: Browser) -> list[bool]:
     """Which packets are open."""
     found: list[bool] = looking.evaluate("[...document.querySelectorAll('.ladder > details')].map((p) => p.open)")
     return found
 
 
+def stretch(looking: Browser) -> tuple[float, float]:
+    """What the timeline shows: from, and how much, in milliseconds."""
+    names = ("--from", "--span")
+    begin, span = (
+        looking.evaluate(f"document.querySelector('.timeline').style.getPropertyValue('{n}')") for n in names
+    )
+    return float(begin), float(span)
+
+
 def test_in_a_browser_packets_open_by_click_key_and_fragment_and_nothing_hostile_runs(
-    proxied: Path, tmp_path: Path
+    proxied: Path, screenshots: Path, looking: Browser
 ) -> None:
     first, second = re.findall(r'id="(packet-\d+)"', proxied.read_text())
-    with browser(tmp_path / "profile") as looking:
-        looking.open(proxied.as_uri())
-        assert is_open(looking) == [False, False]
-        looking.click(f"#{first} > summary")
-        assert is_open(looking) == [True, False]
-        looking.press("ArrowDown")
-        assert looking.evaluate("document.activeElement.parentElement.id") == second
-        looking.press("Enter")
-        assert is_open(looking) == [True, True]
-        ARTEFACTS.mkdir(exist_ok=True)
-        (ARTEFACTS / "report.png").write_bytes(looking.picture())
-        looking.press("Enter")
-        assert is_open(looking) == [True, False]
+    looking.open(proxied.as_uri())
+    assert is_open(looking) == [False, False]
+    looking.click(f"#{first} > summary")
+    assert is_open(looking) == [True, False]
+    looking.press("ArrowDown")
+    assert looking.evaluate("document.activeElement.parentElement.id") == second
+    looking.press("Enter")
+    assert is_open(looking) == [True, True]
+    for name, width, is_dark in (("wide", 1400, False), ("narrow", 420, False), ("dark", 1400, True)):
+        looking.look(width, is_dark=is_dark)
+        assert looking.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name}: it overflows"
+        (screenshots / f"{name}.png").write_bytes(looking.picture())
+    looking.press("Enter")
+    assert is_open(looking) == [True, False]
 
-        looking.open("about:blank")  # so that the page is loaded anew
-        looking.open(f"{proxied.as_uri()}#{second}")
-        assert is_open(looking) == [False, True]
-        assert looking.evaluate("document.activeElement.parentElement.id") == second
-        assert looking.evaluate("document.title") == "engine: what the lab did"
-        assert looking.evaluate("document.scripts.length") == 1
-        assert looking.complaints() == []
+    looking.open("about:blank")  # so that the page is loaded anew
+    looking.open(f"{proxied.as_uri()}#{second}")
+    assert is_open(looking) == [False, True]
+    assert looking.evaluate("document.activeElement.parentElement.id") == second
+    assert looking.evaluate("document.title") == "engine: what the lab did"
+    assert looking.evaluate("document.scripts.length") == 1
+    assert looking.complaints() == []
+
+
+def test_in_a_browser_the_timeline_zooms_by_button_and_key(proxied: Path, looking: Browser) -> None:
+    looking.open(proxied.as_uri())
+    begin, span = stretch(looking)
+    assert begin < 0  # the lab, before the first packet
+    numbers = "[...document.querySelectorAll('.tick')].map((tick) => tick.textContent)"
+    assert "0" in looking.evaluate(numbers)
+    looking.click("[data-do=in]")
+    assert stretch(looking)[1] == pytest.approx(span / 2)
+    looking.evaluate("document.querySelector('.timeline').focus()")
+    looking.press("0")
+    assert stretch(looking) == pytest.approx((begin, span))
+    looking.click("[data-do=traffic]")
+    begin, span = stretch(looking)
+    assert begin <= 0
+    assert begin + span > 0
+    packet = looking.evaluate("document.querySelector('.mark.forward').getAttribute('href')")
+    looking.click(".mark.forward")
+    assert looking.evaluate("location.hash") == packet
+    assert True in is_open(looking)
+    assert looking.complaints() == []

@@ -174,6 +174,23 @@ def test_trace_names_the_sockref(lab: Lab) -> None:
     assert event["after"]["source"] == endpoint("198.51.100.7", 53)
 
 
+@pytest.mark.parametrize("lab", ["inline"], indirect=True)  # with datapath kernel no other packets come by
+def test_a_trace_of_decisions_leaves_out_packets_that_go_by_an_earlier_one(lab: Lab) -> None:
+    arguments = ("--json", "--decisions", "--count", "4", "-p", "udp", "--dport", "9")
+    with (
+        lab["peer"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,
+        watching(lab, "trace", *arguments) as watcher,
+    ):
+        peer.bind((lab["peer"].address(), 9))
+        for _ in range(4):
+            with lab["host"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for _ in range(10):
+                    sender.sendto(b"x", peer.getsockname())
+        events = [json.loads(line) for line in watcher.output().splitlines()]
+    # All packets would be those of the first connection.
+    assert len({event["before"]["source"]["port"] for event in events}) > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
