@@ -90,7 +90,8 @@ def validate(file: Path) -> None:
 @_as_json
 def show_plan(file: Path, *, as_json: bool) -> None:
     """Print the operations that would build a lab, without building it."""
-    operations = plan(load(file), kernel_means())
+    topology = load(file)
+    operations = plan(topology, kernel_means(topology))
     if as_json:
         values = [{"operation": type(each).__name__, **dataclasses.asdict(each)} for each in operations]
         click.echo(json.dumps(values, indent=2, default=str))
@@ -225,7 +226,7 @@ def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
 
 def _tell_impairments(topology: Topology) -> None:
     """Say who impairs the lab's links: the figures of one are not those of the other."""
-    for line in notes(topology, kernel_means()):
+    for line in notes(topology, kernel_means(topology)):
         click.echo(line, err=True)
 
 

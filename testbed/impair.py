@@ -59,7 +59,7 @@ def notes(topology: Topology, kernel: Collection[str]) -> list[str]:
     for link in topology.links:
         reason = why_in_user_space(link, kernel)
         for end in link.ends:
-            if end.impair is not None:
+            if end.impair is not None and disciplines(end.impair):
                 by_kernel = f"by the kernel's {' and '.join(disciplines(end.impair))}"
                 way = by_kernel if reason is None else f"in user space: {reason}"
                 ways.setdefault(way, []).append(end.label)

@@ -39,9 +39,10 @@ _DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces a
 _Result = TypeVar("_Result")
 
 
-def kernel_means() -> frozenset[str]:
-    """What the kernel has that impairs links."""
-    return frozenset(filter(capabilities.probe().has, KERNEL_MEANS))
+def kernel_means(topology: Topology) -> frozenset[str]:
+    """What the kernel has that impairs links; not looked for where none is impaired."""
+    is_wanted = any(map(is_impaired, topology.links))
+    return frozenset(filter(capabilities.probe().has, KERNEL_MEANS)) if is_wanted else frozenset()
 
 
 class LabError(Exception):
@@ -195,7 +196,7 @@ class Lab:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=not self._is_temporary)
         self._builder = Builder(warden.guard)
         self._undo.add("the namespaces", self._builder.close)
-        self._builder.build(plan(self.topology, kernel_means()))
+        self._builder.build(plan(self.topology, kernel_means(self.topology)))
         with contextlib.suppress(PermissionError):  # inside somebody else's namespace we see no others end
             self._watch = Watch(self.namespaces)
 
@@ -285,7 +286,8 @@ class Lab:
         impaired = {number: link for number, link in enumerate(self.topology.links) if is_impaired(link)}
         if impaired:
             (self.directory / LOG).write_text("".join(f"{line}\n" for line in self.notes))
-        staged = {number: link for number, link in impaired.items() if why_in_user_space(link, kernel_means())}
+        kernel = kernel_means(self.topology)
+        staged = {number: link for number, link in impaired.items() if why_in_user_space(link, kernel)}
         self._in_kernel = {number: link for number, link in impaired.items() if number not in staged}
         if staged:
             self._stage = Stage(staged, self._builder.namespace(WIRE), self.directory)
@@ -294,7 +296,7 @@ class Lab:
     @property
     def notes(self) -> list[str]:
         """Who impairs which ends of links, and why not the kernel where it is not."""
-        return notes(self.topology, kernel_means())
+        return notes(self.topology, kernel_means(self.topology))
 
     @property
     def impairments(self) -> Mapping[str, Counts]:

@@ -241,7 +241,7 @@ def _through_kernel(link: Link, near: str, far: str) -> list[Operation]:
         *(
             Impair(WIRE, interface, end.label, end.impair, link.mtu)
             for end, interface in zip(link.ends, (far, near), strict=True)
-            if end.impair is not None
+            if end.impair is not None and disciplines(end.impair)
         ),
     ]
 

@@ -21,7 +21,7 @@ from testbed.process import MARK, sweep
 
 pytestmark = pytest.mark.lab
 
-# A lab whose services fork away from their session; it says when it stands.
+# A lab whose services fork away from their session, with an impaired link; it says when it stands.
 OWNER = """
 import signal, sys
 from testbed.lab import Lab
@@ -34,7 +34,7 @@ nodes:
                      ready: {{log: up}}}}}}}}
   r: {{kind: router}}
   b:
-links: [{{ends: [{{node: a}}, {{node: r}}]}}, {{ends: [{{node: r}}, {{node: b}}]}}]
+links: [{{ends: [{{node: a}}, {{node: r}}], impair: {{delay: 1ms, seed: 1}}}}, {{ends: [{{node: r}}, {{node: b}}]}}]
 ''')
 with Lab(topology) as lab:
     print("up", flush=True)
@@ -43,7 +43,7 @@ print(*lab.left_over, flush=True)
 """
 STARTUP = 0.25  # seconds until Python has read the testbed, about
 CHANCE = random.Random(5)
-MOMENTS = [CHANCE.uniform(STARTUP, STARTUP + 0.35) for _ in range(8)]
+MOMENTS = [CHANCE.uniform(STARTUP, STARTUP + 0.5) for _ in range(8)]
 PATIENCE = 20.0
 
 
@@ -125,7 +125,7 @@ def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
 def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
     owner.wait_until_up()
     namespaces = owner.namespaces()
-    assert len(namespaces) == 3
+    assert len(namespaces) == 4  # the nodes', and that of the impaired link
     with Watch(namespaces) as watch:
         for namespace in namespaces.values():
             namespace.close()

@@ -229,15 +229,16 @@ FULL_KERNEL = frozenset(KERNEL_MEANS)
             "in user space: its seed asks for that",
             id="a seed",
         ),
+        pytest.param("{delay: 0s}", FULL_KERNEL, [*HALVES, *REDIRECTS], None, id="nothing to do"),
     ],
 )
 def test_an_impaired_link_is_two_with_the_kernel_or_the_stage_between(
-    impairment: str, kernel: frozenset[str], done: list[str], note: str
+    impairment: str, kernel: frozenset[str], done: list[str], note: str | None
 ) -> None:
     topology = loads(IMPAIRED % impairment)
     made = [each for each in plan(topology, kernel) if isinstance(each, MakeLink | Redirect | Impair)]
     assert [describe(operation) for operation in made] == done
-    assert notes(topology, kernel) == [f"a:eth0: impaired {note}"]
+    assert notes(topology, kernel) == ([f"a:eth0: impaired {note}"] if note else [])
 
 
 def test_both_directions_of_a_link_are_impaired_in_one_place() -> None:
