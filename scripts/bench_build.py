@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""How long a lab takes to build and to delete: chains of 10 and 50 nodes, beside the `ip` command doing the same.
+"""How long a lab takes to build and to delete: chains of 10 and 50 nodes, beside others doing the same.
 
 A chain counts as built when a datagram of each family has come from its first node to its last: routes, neighbours,
 carriers and addresses are all needed for that. `ip` runs once for each operation, as scripts have it. A chain counts as
-deleted when the kernel has taken its last namespace apart.
+deleted when the kernel has taken its last namespace apart. mininet and munet take part where they are installed; what
+they have no calls for, a shell in each node does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 import benchlib
+import other_testbeds
 
 from testbed.build import Builder
 from testbed.netns import Namespace
@@ -136,21 +138,30 @@ def run_in_private_mounts() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = benchlib.parser("Chains of nodes: built, and deleted again.", rounds=5).parse_args(argv)
+    parser = benchlib.parser("Chains of nodes: built, and deleted again.", rounds=3)
+    parser.add_argument("--munet", metavar="PYTHON", default="python3", help="the Python that has munet (%(default)s)")
+    options = parser.parse_args(argv)
     run_in_private_mounts()
+    makers: dict[str, Callable[[], Maker]] = {"testbed": Builder, "ip": IpCommand}
+    pythons = other_testbeds.pythons(options.munet)
+    makers |= {name: partial(other_testbeds.Other, name, python) for name, python in pythons.items()}
     deleted: dict[str, list[float]] = {}
     cases: dict[str, Callable[[], float]] = {}
     for size in SIZES:
-        for name, make in (("testbed", Builder), ("ip", IpCommand)):
+        for name, make in makers.items():
             case = f"{name}, {size} nodes"
             cases[case] = partial(measure, size, make, deleted.setdefault(f"{case}, delete", []))
     samples = benchlib.run_paired(cases, options.rounds) | deleted
     ratios = {
-        f"ip/testbed, {what}": (f"ip, {what}", f"testbed, {what}")
+        f"{name}/testbed, {what}": (f"{name}, {what}", f"testbed, {what}")
+        for name in list(makers)[1:]
         for size in SIZES
         for what in (f"{size} nodes", f"{size} nodes, delete")
     }
     benchlib.publish(benchlib.summarise("build", "ms", samples, ratios), options.json)
+    for name, remedy in other_testbeds.REMEDIES.items():
+        if name not in makers:
+            print(f"without {name}, which is not installed: {remedy}")
 
 
 if __name__ == "__main__":
