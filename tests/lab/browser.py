@@ -59,7 +59,8 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the browser's console tells, errors and refusals among it."""
-        return [entry["message"] for entry in ask(f"{self.url}/se/log", {"type": "browser"})]
+        told = [entry["message"] for entry in ask(f"{self.url}/se/log", {"type": "browser"})]
+        return [message for message in told if not message.startswith("chrome://")]  # about the browser's own pages
 
     def picture(self) -> bytes:
         """What is to be seen, as PNG."""

@@ -42,6 +42,7 @@ def ours(lines: list[str]) -> Ruleset:
     return ruleset
 
 
+@pytest.mark.needs("other-users")
 def test_iptables_prints_what_we_print() -> None:
     lines = [f"-A {case.chain} {case.written}".strip() for case in SHARED]
     printed = in_a_new_namespace(f"{restored(lines)}{iptables()} -t mangle -S").splitlines()
@@ -68,6 +69,7 @@ LISTED = [
 ]
 
 
+@pytest.mark.needs("other-users")
 @pytest.mark.parametrize("options", ["-nv", "-nvx", "-n --line-numbers"])
 def test_iptables_lists_as_we_list(options: str) -> None:
     script = (

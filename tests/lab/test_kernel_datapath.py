@@ -534,10 +534,11 @@ def test_full_map_drops_and_counts(lab: EngineLab) -> None:
 
 
 def fill(lab: EngineLab, name: str, elements: str) -> None:
-    """Put elements into a map."""
-    path = lab.lab.directory / "full.nft"
-    path.write_text(f"add element inet nfq_tproxy {name} {{ {elements} }}\n")
-    lab.gateway.run(["nft", "-f", str(path)])
+    """Put elements into a map, some at a time: in a user namespace, nft's messages are no larger than its buffer."""
+    path, each = lab.lab.directory / "full.nft", elements.split(", ")
+    for begin in range(0, len(each), 1000):
+        path.write_text(f"add element inet nfq_tproxy {name} {{ {', '.join(each[begin : begin + 1000])} }}\n")
+        lab.gateway.run(["nft", "-f", str(path)])
 
 
 def test_refused_element_drops_and_counts(lab: EngineLab) -> None:

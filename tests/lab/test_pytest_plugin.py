@@ -213,7 +213,7 @@ def test_a_failed_test_leaves_a_folder_with_everything(project: pytest.Pytester,
     result.stdout.fnmatch_lines(["*lab artefacts*", f"test_it.py::test_fails: {folder}"])
     assert "'the answer' == 42" in (folder / "failure.txt").read_text()
     read = subprocess.run(
-        ["tcpdump", "-nr", folder / "capture.pcapng", "udp"], capture_output=True, text=True, check=True
+        ["tcpdump", "-Z", "root", "-nr", folder / "capture.pcapng", "udp"], capture_output=True, text=True, check=True
     )
     assert "10.0.0.2.9: UDP, length 5" in read.stdout
     assert "--dport 80 -j TPROXY --on-port 50080" in (folder / "b.ruleset.txt").read_text()

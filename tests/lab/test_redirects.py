@@ -124,7 +124,7 @@ def test_an_interface_that_has_another_address_first_is_noticed(lab: EngineLab) 
     lab.gateway.run(["ip", "addr", "del", f"{first}/24", "dev", "eth0"])
     lab.gateway.run(["ip", "addr", "add", "10.99.0.1/32", "dev", "eth0"])
     lab.gateway.run(["ip", "addr", "add", f"{first}/24", "dev", "eth0"])
-    assert redirected_to(lab, proxy) == "10.99.0.1"
+    until(lambda: redirected_to(lab, proxy) == "10.99.0.1", "the engine has heard of it")
 
 
 def redirected_to(lab: EngineLab, proxy: socket.socket) -> str:

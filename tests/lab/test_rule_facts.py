@@ -84,6 +84,7 @@ OWNERS = [
 ]
 
 
+@pytest.mark.needs("other-users")
 @pytest.mark.parametrize(("condition", "of_other", "of_root"), OWNERS)
 def test_owner_of_a_new_connection(lab: EngineLab, condition: str, of_other: str, of_root: str) -> None:
     for version in (4, 6):
@@ -96,6 +97,7 @@ def test_owner_of_a_new_connection(lab: EngineLab, condition: str, of_other: str
         assert reached(lab, protocol, version, is_other=False) == of_root, (version, protocol)
 
 
+@pytest.mark.needs("other-users")
 def test_owner_is_known_though_the_socket_is_closed_at_once(lab: EngineLab) -> None:
     rule(lab, f"-A OUTPUT -p udp -m udp --dport 99 -m owner --uid-owner {UID}")
     shout = f"for i in 1 2 3; do echo x >/dev/udp/{lab.server.address()}/99; done"

@@ -208,6 +208,7 @@ def test_a_bad_filter_is_refused_and_nobody_listens(lab: Lab, arguments: list[st
     assert listeners(lab) == 0
 
 
+@pytest.mark.needs("other-users")
 def test_who_may_not_administer_may_not_listen(lab: Lab) -> None:
     for call in ("monitor", "trace"):
         command = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", "tproxyctl", call]
