@@ -23,6 +23,7 @@ from rich.table import Table
 from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
+from testbed.cli_scenario import play
 from testbed.diagram import diagram
 from testbed.impair import notes
 from testbed.journal import LAB, command_line
@@ -31,10 +32,20 @@ from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
 from testbed.report import write_report
+from testbed.scenario_file import ScenarioError, is_scenario, load_scenario
 from testbed.topology import Topology
 from testbed.topology_file import TopologyError, load
 
-_TROUBLE: Final = (TopologyError, BuildError, CaptureError, LabError, ServiceError, RegistryError, OSError)
+_TROUBLE: Final = (
+    TopologyError,
+    ScenarioError,
+    BuildError,
+    CaptureError,
+    LabError,
+    ServiceError,
+    RegistryError,
+    OSError,
+)
 
 _EPILOG: Final = """\b
 Examples:
@@ -48,9 +59,10 @@ Examples:
   testbed down transparent-proxy
   testbed run topologies/transparent-proxy.yaml --in client -- python -m testbed.traffic fetch http://10.0.1.2/
   testbed run lab.yaml --report lab.html -- ./my-test.sh
+  testbed run topologies/scenarios/rules-change.yaml
 \b
 Exit codes: 0 done; 1 the lab or the file is not as it should be; 2 wrong usage;
-exec, shell and run end with the command's own."""
+exec, shell and run end with the command's own; run ends with 1 when a step of a scenario failed."""
 
 _file: Final = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 _lab: Final = click.option("--lab", help="Which lab, when several run.")
@@ -80,7 +92,11 @@ def main() -> None:
 @main.command()
 @_file
 def validate(file: Path) -> None:
-    """Check a topology file; every problem is told, with line and column."""
+    """Check a topology or scenario file; every problem is told, with line and column."""
+    if is_scenario(file):
+        scenario = load_scenario(file)
+        click.echo(f"{file}: {scenario.name}: {len(scenario.steps)} steps in {scenario.topology.name}")
+        return
     topology = load(file)
     click.echo(f"{file}: {topology.name}: {len(topology.nodes)} nodes, {len(topology.links)} links")
 
@@ -191,10 +207,29 @@ def shell(lab: str | None, node: str) -> None:
 @_logs
 @click.option("--in", "node", help="Run the command in this node instead of here.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write what was seen to an HTML file.")
-@_command
-def run(file: Path, directory: Path | None, node: str | None, report: Path | None, command: tuple[str, ...]) -> None:
-    """Build a lab, run a command while it lives, take it down: testbed run FILE [--in NODE] -- COMMAND..."""
-    topology = load(file)
+@click.option("--json", "as_json", is_flag=True, help="Of a scenario: print JSON.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    file: Path,
+    directory: Path | None,
+    node: str | None,
+    report: Path | None,
+    command: tuple[str, ...],
+    *,
+    as_json: bool,
+) -> None:
+    """Build a lab, do something while it lives, take it down.
+
+    \b
+    testbed run TOPOLOGY [--in NODE] -- COMMAND...   runs a command
+    testbed run SCENARIO                             does a scenario's steps
+    """
+    scenario = load_scenario(file) if is_scenario(file) else None
+    if scenario is not None and (command or node is not None):
+        raise click.UsageError(f"{file} is a scenario: its steps say what is done, and where")
+    if scenario is None and not command:
+        raise click.UsageError(f"{file} is a topology: say what to run, as in testbed run {file} -- COMMAND...")
+    topology = load(file) if scenario is None else scenario.topology
     if node is not None and node not in {known.name for known in topology.nodes}:
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
     if report is not None and not report.absolute().parent.is_dir():
@@ -204,18 +239,27 @@ def run(file: Path, directory: Path | None, node: str | None, report: Path | Non
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
     with Lab(topology, logs, record=report is not None) as lab:
         _tell_impairments(topology)
-        with lab.journal.during(node or LAB, command_line(command)) as entry:
-            if node is None:
-                status = subprocess.run(command, check=False).returncode
-            else:
-                with lab[node].namespace.entered():
-                    running = subprocess.Popen(command, env=environment())
-                status = running.wait()
-            entry.end(f"exit status {status}", is_bad=status != 0)
+        if scenario is not None:
+            status = 0 if play(scenario, lab, as_json=as_json) else 1
+        else:
+            status = _run_in(lab, node, command)
         if report is not None:
             write_report(lab, report)
             click.echo(f"report: {report}", err=True)
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _run_in(lab: Lab, node: str | None, command: tuple[str, ...]) -> int:
+    """Run a command in a node, or here; how it ended, as subprocess tells it."""
+    with lab.journal.during(node or LAB, command_line(command)) as entry:
+        if node is None:
+            status = subprocess.run(command, check=False).returncode
+        else:
+            with lab[node].namespace.entered():
+                running = subprocess.Popen(command, env=environment())
+            status = running.wait()
+        entry.end(f"exit status {status}", is_bad=status != 0)
+    return status
 
 
 def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from pyroute2 import IPRoute
 
-from testbed import capabilities
+from testbed import capabilities, craft
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.impair import KERNEL_MEANS, LOG, WIRE, Stage, is_impaired, kernel_counts, notes, why_in_user_space
@@ -33,7 +33,11 @@ from testbed.topology_file import check
 from testbed.undo import Undo
 from testbed.warden_handle import WardenHandle
 
+if TYPE_CHECKING:
+    from scapy.packet import Packet
+
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
+_ANSWER_PATIENCE: Final = 2.0  # seconds for an answer to a crafted packet
 _DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces apart
 
 _Result = TypeVar("_Result")
@@ -107,6 +111,27 @@ class NodeHandle:
         if check and running.returncode:
             raise LabError(f"{self.name}: {' '.join(command)} failed ({running.returncode}): {errors or output}")
         return subprocess.CompletedProcess(list(command), running.returncode, output, errors)
+
+    def send(self, packet: Packet) -> None:
+        """Send a Scapy packet that begins with IP or IPv6, by this node's routes; LabError when it cannot be sent.
+
+        A source that it does not name is the node's own. From any thread; the namespace of none is left.
+        """
+        self._craft(lambda: craft.send(self.namespace, packet))
+
+    def sr1(self, packet: Packet, timeout: float = _ANSWER_PATIENCE) -> Packet | None:
+        """Send a Scapy packet and return the first that answers it, from its IP header on.
+
+        None when there was no answer within `timeout` seconds; LabError when it cannot be sent. In async code:
+        `await asyncio.to_thread(lab["client"].sr1, packet)`.
+        """
+        return self._craft(lambda: craft.sr1(self.namespace, packet, timeout))
+
+    def _craft(self, act: Callable[[], _Result]) -> _Result:
+        try:
+            return act()
+        except craft.CraftError as error:
+            raise LabError(f"{self.name}: {error}") from error
 
     def start(self, name: str, command: Sequence[str], ready: Readiness | None = None) -> Program:
         """Start a program that runs until the lab ends, or `stop`."""
@@ -243,6 +268,15 @@ class Lab:
     def recording(self) -> Recording:
         """What its engines told so far, if they are listened to."""
         return Recording() if self._recorder is None else self._recorder.recording()
+
+    def start_again(self, node: str, name: str) -> Program:
+        """Start a service of the topology's, or a node's engine, after it has ended; ServiceError while it runs."""
+        spec = self.topology.node(node)
+        if name == ENGINE and spec.engine is not None:
+            self._start_engine(spec)
+        else:
+            self.start(node, next(service for service in spec.services if service.name == name))
+        return self.programs[node, name]
 
     def at_end(self, what: str, step: Callable[[], object]) -> None:
         """Have something done when the lab ends, before anything earlier is undone; `what` names it if it fails."""

@@ -6,10 +6,11 @@ match serves both; `frame` is the captured frame itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
+from operator import truediv
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.frames import Frame
@@ -73,6 +74,28 @@ def layer_in(frame: Frame, name: str) -> Packet | Frame | None:
 def instance_in(frame: Frame, layer: type[Any]) -> Packet | None:
     """The outermost layer of a Scapy class; for the base class of ICMPv6, of any message."""
     return frame.packet.getlayer(layer, _subclass=layer is layer_class("icmpv6"))
+
+
+def packet_of(fields: Mapping[str, object]) -> Packet:
+    """A packet made of fields, `layer.field`, its layers in the order in which they are named first, outermost first.
+
+    What is not given Scapy fills in: lengths, checksums, the next layer's number. MatchError for what does not exist;
+    ValueError for a value that its field cannot have.
+    """
+    layers: dict[str, dict[str, object]] = {}
+    for name, value in fields.items():
+        layer, _, field = name.partition(".")
+        check_field(layer, field)
+        layers.setdefault(layer, {})[field] = value
+    try:
+        made = [layer_class(layer)(**values) for layer, values in layers.items()]
+        packet: Packet = reduce(truediv, made)
+        packet.build()
+    except MatchError:
+        raise
+    except Exception as error:  # whatever Scapy says of a value
+        raise ValueError(f"no packet can be made of {dict(fields)}: {type(error).__name__}: {error}") from error
+    return packet
 
 
 def check_field(layer: str, field: str) -> None:

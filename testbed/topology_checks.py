@@ -12,10 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from testbed.documents import Problem, Where
 from testbed.topology import BRIDGE, ENGINE, Address, End, Kind, Link, Node, Service, Topology
-
-Where = tuple[str | int, ...]
-Problem = tuple[Where, str]
 
 _IPV6_LEAST_MTU: Final = 1280  # RFC 8200, section 5
 _SYSCTL: Final = re.compile(r"net(\.[A-Za-z0-9_-]+)+")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from testbed.addressing import FAMILIES
+from testbed.documents import Problem, Where
 from testbed.topology import (
     Address,
     Capture,
@@ -30,7 +31,6 @@ from testbed.topology import (
     Topology,
     TproxyCalls,
 )
-from testbed.topology_checks import Problem, Where
 
 _AUTOMATIC: Final = {"auto": FAMILIES, "auto4": (4,), "auto6": (6,)}
 _DEFAULT: Final[dict[int, Network]] = {4: ipaddress.IPv4Network("0.0.0.0/0"), 6: ipaddress.IPv6Network("::/0")}
@@ -80,7 +80,7 @@ class _Reader:
             kind=Kind(value.get("kind", "host")),
             routes=tuple(route for route in routes if route is not None),
             sysctls=tuple((key, str(setting)) for key, setting in value.get("sysctls", {}).items()),
-            services=tuple(_service(key, service) for key, service in value.get("services", {}).items()),
+            services=tuple(service(key, each) for key, each in value.get("services", {}).items()),
             engine=self._engine((*where, "engine"), engine) if engine is not None else None,
             nft=value.get("nft", ""),
             iptables=value.get("iptables", ""),
@@ -162,7 +162,8 @@ class _Reader:
             return None
 
 
-def _service(name: str, value: Mapping[str, Any]) -> Service:
+def service(name: str, value: Mapping[str, Any]) -> Service:
+    """A service, from a mapping that keeps to the schema's `service`."""
     ready = value.get("ready", {})
     if ready == "notify":
         ready = {"notify": True}
@@ -174,6 +175,11 @@ def _service(name: str, value: Mapping[str, Any]) -> Service:
     )
     command = tuple(str(part) for part in value["command"])
     return Service(name, command, readiness, _TPROXY_CALLS[value.get("tproxy", False)])
+
+
+def duration(text: str) -> float:
+    """Seconds, from a number with its unit; ValueError when it is none."""
+    return _quantity(text, _DURATIONS)
 
 
 def _words_of_rule(rule: str) -> list[str]:

@@ -7,6 +7,7 @@ lab. What a server saw of its peers, and what a client got, is printed as one JS
 from __future__ import annotations
 
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -14,6 +15,8 @@ import random
 import socket
 import sys
 import time
+import typing
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -93,15 +96,27 @@ def http_server(port: int, size: int, notify_fd: int | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the body there.")
 @click.option("--timeout", type=float, default=15.0, show_default=True)
 def fetch(url: str, output: Path | None, timeout: float) -> None:
-    """Fetch a URL; print its status, size and SHA-256."""
+    """Fetch a URL; print its status, size and SHA-256. Exit code 1: there was no answer, or not all of it."""
     started = time.monotonic()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=timeout) as response:
-        body = response.read()
+    try:
+        with _answer(opener, url, timeout) as response:
+            body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise click.ClickException(f"{url}: {error}") from error
     if output is not None:
         output.write_bytes(body)
     digest = hashlib.sha256(body).hexdigest()
     _say(status=response.status, size=len(body), sha256=digest, seconds=round(time.monotonic() - started, 3))
+
+
+def _answer(opener: urllib.request.OpenerDirector, url: str, timeout: float) -> http.client.HTTPResponse:
+    """What the server answers, whatever its status is."""
+    try:
+        response: http.client.HTTPResponse = opener.open(url, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        return typing.cast(http.client.HTTPResponse, error)
+    return response
 
 
 @main.command("udp-ask")

@@ -1,0 +1,117 @@
+"""Crafted packets: Scapy's, sent from a node and answered there.
+
+Owns: raw sockets of a node. The node's kernel routes what is sent, as it does for a program of its own: Scapy's tables
+of routes and interfaces are those of the namespace in which it was loaded, and nothing here asks them. A socket belongs
+to the namespace in which it was opened, so threads and coroutines may send from several nodes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from testbed.netns import Namespace
+
+if TYPE_CHECKING:
+    from scapy.packet import Packet
+
+_ETH_P_ALL: Final = 3
+_ETH_P_IP: Final = 0x0800
+_ETH_P_IPV6: Final = 0x86DD
+_PACKET_OUTGOING: Final = 4
+_RECEIVE_BYTES: Final = 4 << 20
+_LARGEST: Final = 0x10000
+_ANY_PORT: Final = 9  # of a socket that is connected to see where the kernel routes, and sends nothing
+
+
+class CraftError(ValueError):
+    """A packet that cannot be sent as it is; the message says why."""
+
+
+def send(namespace: Namespace, packet: Packet) -> None:
+    """Send an IPv4 or IPv6 packet as it is; what it leaves open (its source, lengths, checksums) is filled in.
+
+    CraftError when it does not begin with IP, is larger than the way allows, or the node has no route for it.
+    """
+    whole, family, destination = _completed(namespace, packet)
+    _send(namespace, bytes(whole), family, destination)
+
+
+def sr1(namespace: Namespace, packet: Packet, timeout: float) -> Packet | None:
+    """Send a packet, and return the first that answers it within `timeout` seconds, from its IP header on; else None.
+
+    What is an answer, Scapy says (`Packet.answers`): the right addresses and ports the other way round, the echo's
+    identifier, or an ICMP error about it. CraftError as for `send`.
+    """
+    whole, family, destination = _completed(namespace, packet)
+    sent = type(whole)(bytes(whole))
+    with _listening(namespace) as listener:
+        _send(namespace, bytes(whole), family, destination)
+        for answer in _received(listener, time.monotonic() + timeout):
+            if answer.answers(sent):
+                return answer
+    return None
+
+
+def _completed(namespace: Namespace, packet: Packet) -> tuple[Any, socket.AddressFamily, str]:
+    """The packet with its source, its family and its destination."""
+    from scapy.layers.inet import IP
+    from scapy.layers.inet6 import IPv6
+
+    if not isinstance(packet, IP | IPv6):
+        raise CraftError(f"a packet to send begins with IP or IPv6, not with {type(packet).__name__}")
+    family = socket.AF_INET if isinstance(packet, IP) else socket.AF_INET6
+    if "dst" not in packet.fields:
+        raise CraftError("the packet has no destination")
+    destination = str(packet.dst)
+    whole = packet.copy()
+    if "src" not in whole.fields:
+        whole.src = _source(namespace, family, destination)
+    return whole, family, destination
+
+
+def _source(namespace: Namespace, family: socket.AddressFamily, destination: str) -> str:
+    """The address that the node's kernel would send from."""
+    with namespace.socket(family, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect((destination, _ANY_PORT))
+        except OSError as error:
+            raise CraftError(f"{destination}: {error.strerror or error}") from error
+        source: str = asking.getsockname()[0]
+    return source
+
+
+def _send(namespace: Namespace, data: bytes, family: socket.AddressFamily, destination: str) -> None:
+    # IPPROTO_RAW: what is sent has its own IP header, of either family (net/ipv4/raw.c, net/ipv6/raw.c).
+    with namespace.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+        try:
+            sender.sendto(data, (destination, 0))
+        except OSError as error:
+            raise CraftError(f"{destination}: {len(data)} bytes cannot be sent: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _listening(namespace: Namespace) -> Iterator[socket.socket]:
+    """A socket that gets what comes to the node from now on, on whichever interface."""
+    with namespace.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+        yield listener
+
+
+def _received(listener: socket.socket, deadline: float) -> Iterator[Any]:
+    """The IP packets that come in until a deadline."""
+    from scapy.layers.inet import IP
+    from scapy.layers.inet6 import IPv6
+
+    layers = {_ETH_P_IP: IP, _ETH_P_IPV6: IPv6}
+    while (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            data, (_, protocol, kind, *_) = listener.recvfrom(_LARGEST)
+        except TimeoutError:
+            return
+        if kind != _PACKET_OUTGOING and protocol in layers:
+            yield layers[protocol](data)

@@ -1,0 +1,161 @@
+"""YAML documents: parsed, held against a schema, and complained of by file, line, column and key.
+
+Owns: the way from text to values that keep to a JSON Schema, and from a problem's place to the words that tell it. Must
+not know what a document is about: topology_file.py and scenario_file.py do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import referencing
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+Where = tuple[str | int, ...]  # a path into a document, spelled as there
+Problem = tuple[Where, str]
+
+_DEEPEST: Final = 20  # levels; the schemas know no more than twelve
+_MOST: Final = 100_000  # values, and keys with them; a star of 50 clients has 600
+
+
+class DocumentError(Exception):
+    """A document that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
+
+
+class Document:
+    """A YAML document that was read. `source`: the name that errors give it."""
+
+    def __init__(self, root: Any, source: str, error: type[DocumentError]) -> None:
+        self.root = root
+        self.source = source
+        self._error = error
+
+    @classmethod
+    def load(cls, path: Path, error: type[DocumentError]) -> Document:
+        """Read a file; what is wrong with it is told as `error`."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise error(f"{path}: cannot be read: {problem}") from problem
+        return cls.parse(text, str(path), error)
+
+    @classmethod
+    def parse(cls, text: str, source: str, error: type[DocumentError]) -> Document:
+        """Read YAML text, with lines and columns kept."""
+        try:
+            return cls(YAML(typ="rt").load(text), source, error)
+        except MarkedYAMLError as problem:
+            mark = problem.problem_mark or problem.context_mark
+            at = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
+            raise error(f"{source}{at}: {problem.problem or problem.context}") from problem
+        except (YAMLError, ValueError) as problem:
+            raise error(f"{source}: {' '.join(str(problem).split())}") from problem
+        except RecursionError as problem:
+            raise error(f"{source}: nested too deeply") from problem
+
+    def refuse(self, found: Sequence[Problem]) -> None:
+        """Raise the error that tells these problems, in the order of the file; nothing if there are none."""
+        located = sorted({(_position(self.root, where), key_text(where), what) for where, what in found})
+        if located:
+            lines = [f"{self.source}:{line}:{column}: {key}: {what}" for (line, column), key, what in located]
+            raise self._error("\n".join(lines))
+
+
+def shape_problems(root: Any, schema: Path) -> list[Problem]:
+    """Where a document has values that none may have, or does not keep to the schema in a file."""
+    return _alien_values(root) or _schema_problems(root, schema)
+
+
+def _alien_values(document: Any) -> list[Problem]:
+    """What YAML can write and no document has: keys that are no text, NUL bytes, depth or aliases without end."""
+    found: list[Problem] = []
+    left: list[tuple[Where, Any]] = [((), document)]
+    for _ in range(_MOST):
+        if not left:
+            return found
+        where, value = left.pop()
+        if len(where) > _DEEPEST:
+            return [(where[:2], "nested too deeply")]
+        if isinstance(value, str) and "\0" in value:
+            found.append((where, "a NUL byte"))
+        elif isinstance(value, Mapping):
+            left += [((*where, key), inner) for key, inner in value.items()]
+            aliens = [key for key in value if not isinstance(key, str)]
+            found += [((*where, key), f"a key must be text: write {str(key)!r} with the quotes") for key in aliens]
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            left += [((*where, place), inner) for place, inner in enumerate(value)]
+    return [((), f"more than {_MOST} values, those of an alias counted each time")]
+
+
+@cache
+def _validator(schema: Path) -> jsonschema.Draft202012Validator:
+    """For a schema, which may refer to those beside it by their file names."""
+    beside = {
+        path.name: referencing.Resource.from_contents(json.loads(path.read_text(encoding="utf-8")))
+        for path in schema.parent.glob("*.schema.json")
+    }
+    registry: referencing.Registry[Any] = referencing.Registry().with_resources(beside.items())
+    return jsonschema.Draft202012Validator(beside[schema.name].contents, registry=registry)
+
+
+def _schema_problems(document: Any, schema: Path) -> list[Problem]:
+    """Where the document does not keep to the schema."""
+    found: list[Problem] = []
+    for error in _validator(schema).iter_errors(document):
+        # Of alternatives, the one that came furthest is the one that was meant.
+        while error.context:
+            error = max(error.context, key=lambda inner: (len(inner.absolute_path), inner.validator != "type"))
+        where = tuple(error.absolute_path)
+        if error.validator == "additionalProperties":
+            found += [((*where, key), what) for key, what in _unknown_keys(error)]
+        elif error.validator == "pattern" and isinstance(error.schema, Mapping):
+            is_key = "propertyNames" in error.absolute_schema_path
+            what = f"{error.instance!r} is not {error.schema['title']}"
+            found.append(((*where, error.instance) if is_key else where, what))
+        else:
+            found.append((where, error.message))
+    return found
+
+
+def _unknown_keys(error: jsonschema.ValidationError) -> list[tuple[str, str]]:
+    """The keys that the schema does not have, each with the nearest that it has."""
+    schema, instance = error.schema, error.instance
+    known = list(schema["properties"]) if isinstance(schema, Mapping) else []
+    found = []
+    for key in instance if isinstance(instance, Mapping) else ():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            found.append((key, f"unknown key; {hint}"))
+    return found
+
+
+def _position(document: Any, where: Where) -> tuple[int, int]:
+    """Line and column, from 1, of the deepest part of a path that the document has."""
+    line, column = 0, 0
+    node = document
+    for step in where:
+        try:
+            if isinstance(node, Mapping):
+                line, column = node.lc.key(step)  # type: ignore[attr-defined]
+            else:
+                line, column = node.lc.item(step)
+            node = node[step]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return line + 1, column + 1
+
+
+def key_text(where: Where) -> str:
+    """A path as people write it: nodes.client.routes[0]."""
+    text = ""
+    for step in where:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text or "document"

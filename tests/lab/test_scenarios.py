@@ -1,0 +1,107 @@
+"""Scenarios: the examples come out as they should, and a failure says what it must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.lab
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "topologies" / "scenarios").glob("*.yaml"))
+
+LAB = """\
+name: two
+topology:
+  name: two
+  nodes: {a: , b: }
+  links: [{ends: [{node: a, addresses: [10.0.0.1/24]}, {node: b, addresses: [10.0.0.2/24]}]}]
+steps:
+"""
+
+
+def run_testbed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A testbed command, to its end."""
+    command = [sys.executable, "-m", "testbed.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def written(folder: Path, *steps: str) -> Path:
+    path = folder / "scenario.yaml"
+    path.write_text(LAB + "".join(f"  - {step}\n" for step in steps))
+    return path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_passes(tmp_path: Path, path: Path) -> None:
+    result = run_testbed("run", path, "--directory", tmp_path, "--json")
+    told = json.loads(result.stdout)
+    assert [step for step in told["steps"] if step["failure"]] == []
+    assert (result.returncode, told["passed"], told["not_done"]) == (0, True, [])
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        pytest.param("run: {in: a, command: [sh, -c, echo gone; exit 3]}", ["ended with 3", "| gone"], id="exit"),
+        pytest.param("run: {in: a, command: [echo, ay], output: ^be}", ["printed nothing like '^be'"], id="output"),
+        pytest.param('fetch: {in: a, url: "http://10.0.0.2/"}', ["no answer", "refused"], id="fetch"),
+        pytest.param('expect: {at: "b:eth0", within: 10ms, match: {tcp.dport: 9}}', ["capture.pcapng"], id="expect"),
+        pytest.param('expect: {at: "b:eth0", never: 10ms, match: {udp.dport: 9}}', ["seen there: 1 frame"], id="never"),
+        pytest.param("change: {in: a, ip: link set eth7 down}", ["eth7"], id="change"),
+    ],
+)
+def test_a_step_that_fails_is_the_last_and_says_why(tmp_path: Path, step: str, words: list[str]) -> None:
+    sending = "send: {in: a, packet: {ip.dst: 10.0.0.2, udp.sport: 40000, udp.dport: 9}}"
+    seen = 'expect: {at: "b:eth0", match: {udp.dport: 9}, count: 1}'
+    path = written(tmp_path, sending, seen, step, "change: {in: a, ip: link set eth0 down}")
+    result = run_testbed("run", path, "--directory", tmp_path / "logs", "--report", tmp_path / "report.html")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 1
+    assert [line.split()[:2] for line in lines[:3]] == [["ok", "1"], ["ok", "2"], ["FAILED", "3"]]
+    assert all(word in result.stdout for word in words), result.stdout
+    assert lines[-1] == "two: step 3 failed, 1 were not done"
+    assert "10.0.0.2:9" in (tmp_path / "report.html").read_text()
+
+
+def test_a_program_is_started_and_killed(tmp_path: Path) -> None:
+    echo = '["{python}", -m, testbed.traffic, tcp-echo, --port, 7, --notify-fd, "{notify_fd}"]'
+    ask = "run: {in: a, command: [bash, -c, 'exec 3<>/dev/tcp/10.0.0.2/7; echo hello >&3; head -1 <&3']"
+    path = written(
+        tmp_path,
+        f"start: {{in: b, name: echo, command: {echo}, ready: notify}}",
+        f"{ask}, output: ^hello$}}",
+        "kill: {in: b, name: echo, signal: KILL}",
+        f"{ask}, exit: 1}}",
+        "kill: {in: b, name: echo}",
+    )
+    result = run_testbed("run", path, "--directory", tmp_path / "logs")
+    assert [line.split()[0] for line in result.stdout.splitlines()[:4]] == ["ok"] * 4
+    assert "b/echo" in result.stdout.splitlines()[4]
+    assert "was killed" in result.stdout or "SIGKILL" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--", "true"], "its steps say what is done", id="a command"),
+        pytest.param(["--in", "a"], "its steps say what is done", id="a node"),
+    ],
+)
+def test_a_scenario_takes_no_command(tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = run_testbed("run", written(tmp_path, "kill: {in: a, name: x}"), *arguments)
+    assert result.returncode in (1, 2)
+    assert words in result.stderr or "no program" in result.stderr
+
+
+def test_a_topology_needs_a_command() -> None:
+    result = run_testbed("run", EXAMPLES[0].parents[1] / "transparent-proxy.yaml")
+    assert result.returncode == 2
+    assert "is a topology: say what to run" in result.stderr
