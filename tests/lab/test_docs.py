@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pages import Block, Command, blocks, commands, missing
+
+from testbed.lab import Lab
+from testbed.topology_file import loads
 
 pytestmark = pytest.mark.lab
 
@@ -65,6 +69,23 @@ def test_the_tutorial_works_as_it_says_command_by_command(tmp_path: Path) -> Non
         shell.run(f"testbed down {own}; testbed down {own}-proxy")
         shell.close()
     assert done > 15
+
+
+@pytest.fixture(scope="module")
+def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """The cookbook's lab, and what its first block defines."""
+    topology, beginning = blocks("expectations.md")[:2]
+    with Lab(loads(topology.text), tmp_path_factory.mktemp("cookbook")) as lab:
+        names: dict[str, object] = {"lab": lab}
+        exec(beginning.text, names)
+        yield names
+
+
+@pytest.mark.parametrize("recipe", blocks("expectations.md")[2:], ids=lambda block: f"line-{block.line}")
+def test_a_recipe_of_the_cookbook_holds(recipe: Block, cookbook: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.py"  # failures quote the source
+    file.write_text(recipe.text)
+    exec(compile(recipe.text, file, "exec"), dict(cookbook))
 
 
 def test_shown_output_that_does_not_come_is_found() -> None:
