@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from pages import Block, Command, blocks, commands, missing
+from pages import DOCS, Block, Command, blocks, commands, missing
 
 from testbed.lab import Lab
 from testbed.topology_file import loads
@@ -86,6 +87,61 @@ def test_a_recipe_of_the_cookbook_holds(recipe: Block, cookbook: dict[str, objec
     file = tmp_path / "recipe.py"  # failures quote the source
     file.write_text(recipe.text)
     exec(compile(recipe.text, file, "exec"), dict(cookbook))
+
+
+# ---- in CI and in containers ----
+
+SERVED = """
+name: capable
+nodes:
+  client:
+  server:
+    services:
+      web:
+        command: ["{python}", -m, testbed.traffic, http-server, --port, 80, --size, 10]
+        ready: {port: 80}
+links:
+  - ends: [{node: client}, {node: server}]
+"""
+CONTAINERS = (DOCS / "ci-containers.md").read_text()
+CAPABILITIES = dict(re.findall(r"^\| `([A-Z_]+)` \|[^|]+\| `([^`]+)` \|$", CONTAINERS, re.MULTILINE))
+
+
+def run_lab(folder: Path, capabilities: Iterable[str], before: str = "") -> subprocess.CompletedProcess[str]:
+    """A lab run by root with these capabilities and no others, in a mount namespace of its own."""
+    (folder / "capable.yaml").write_text(SERVED)
+    bounding = ",".join(("-all", *(f"+{name.lower()}" for name in capabilities)))
+    fetch = "python -m testbed.traffic fetch http://10.0.0.2/"
+    run = f"exec {sys.executable} -m testbed.cli run capable.yaml --directory logs --in client -- {fetch}"
+    command = ["unshare", "--mount", "sh", "-c", 'set -e; eval "$1"; shift; exec "$@"', "sh", before or ":"]
+    command += ["setpriv", f"--bounding-set={bounding}", "sh", "-c", run]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def test_the_capabilities_that_the_page_names_are_enough(tmp_path: Path) -> None:
+    assert len(CAPABILITIES) == 4
+    done = run_lab(tmp_path, CAPABILITIES)
+    assert '"status": 200' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_without_one_of_them_it_fails_as_the_page_says(name: str, tmp_path: Path) -> None:
+    done = run_lab(tmp_path, CAPABILITIES.keys() - {name})
+    assert done.returncode != 0
+    assert CAPABILITIES[name] in done.stderr
+
+
+READ_ONLY = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; "
+
+
+@pytest.mark.needs("other-users")  # who is root of a user namespace only may not mount it read-only
+def test_a_read_only_proc_sys_is_told_and_mounted_again_as_the_page_says(tmp_path: Path) -> None:
+    done = run_lab(tmp_path, CAPABILITIES, READ_ONLY)
+    assert "Read-only file system: '/proc/sys/net/" in done.stderr
+    cure = re.search(r"`(mount -o remount,rw /proc/sys)`", CONTAINERS)
+    assert cure is not None
+    done = run_lab(tmp_path, CAPABILITIES, READ_ONLY + cure[1])
+    assert '"status": 200' in done.stdout, done.stderr
 
 
 def test_shown_output_that_does_not_come_is_found() -> None:
