@@ -5,6 +5,7 @@ Owns: arguments, what is printed, exit codes. What a lab is and does is lab.py's
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -20,11 +22,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from testbed import cli_completion as completion
 from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
 from testbed.cli_scenario import play
 from testbed.diagram import diagram
+from testbed.documents import DocumentError
 from testbed.impair import notes
 from testbed.journal import LAB, command_line
 from testbed.lab import Lab, LabError, kernel_means
@@ -32,13 +36,12 @@ from testbed.plan import describe, plan
 from testbed.process import ServiceError, environment, sweep
 from testbed.registry import Record, RegistryError
 from testbed.report import write_report
-from testbed.scenario_file import ScenarioError, is_scenario, load_scenario
+from testbed.scenario_file import is_scenario, load_scenario
 from testbed.topology import Topology
-from testbed.topology_file import TopologyError, load
+from testbed.topology_file import load
 
 _TROUBLE: Final = (
-    TopologyError,
-    ScenarioError,
+    DocumentError,
     BuildError,
     CaptureError,
     LabError,
@@ -49,28 +52,43 @@ _TROUBLE: Final = (
 
 _EPILOG: Final = """\b
 Examples:
-  testbed validate topologies/transparent-proxy.yaml
-  testbed diagram topologies/transparent-proxy.yaml -o lab.svg
   testbed up topologies/transparent-proxy.yaml
   testbed exec client -- python -m testbed.traffic fetch http://10.0.1.2/
-  testbed exec gateway -- tproxyctl connections
-  testbed shell gateway
   testbed report -o lab.html
-  testbed down transparent-proxy
-  testbed run topologies/transparent-proxy.yaml --in client -- python -m testbed.traffic fetch http://10.0.1.2/
-  testbed run lab.yaml --report lab.html -- ./my-test.sh
+  testbed down
+  testbed run topologies/transparent-proxy.yaml -- ./my-test.sh
   testbed run topologies/scenarios/rules-change.yaml
+\b
+Completion: eval "$(testbed completion bash)", the same for zsh;
+testbed completion fish | source
 \b
 Exit codes: 0 done; 1 the lab or the file is not as it should be; 2 wrong usage;
 exec, shell and run end with the command's own; run ends with 1 when a step of a scenario failed."""
 
 _file: Final = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-_lab: Final = click.option("--lab", help="Which lab, when several run.")
+_lab: Final = click.option("--lab", help="Which lab, when several run.", shell_complete=completion.labs)
+_name: Final = click.argument("name", required=False, shell_complete=completion.labs)
+_node: Final = click.argument("node", shell_complete=completion.nodes)
 _as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _command: Final = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 _logs: Final = click.option(
     "--directory", type=click.Path(path_type=Path, file_okay=False), help="For logs and captures; a new one by default."
 )
+
+
+def _examples(*lines: str) -> str:
+    """Examples below the help of a command."""
+    return "\b\nExamples:\n" + "\n".join(f"  testbed {line}" for line in lines)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Say on a terminal what is being done while it is; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
 
 
 class _Commands(click.Group):
@@ -89,23 +107,49 @@ def main() -> None:
     """Labs of network namespaces, built from topology files."""
 
 
-@main.command()
+@main.command(epilog=_examples("validate lab.yaml", "validate topologies/scenarios/proxy-dies.yaml --json"))
 @_file
-def validate(file: Path) -> None:
-    """Check a topology or scenario file; every problem is told, with line and column."""
+@_as_json
+def validate(file: Path, *, as_json: bool) -> None:
+    """Check a topology or scenario file.
+
+    Every problem is told, with line and column; with --json on standard output. The exit code is 1 then.
+    """
+    try:
+        found = _summary(file)
+    except DocumentError as error:
+        if not as_json:
+            raise
+        click.echo(json.dumps({"file": str(file), "valid": False, "problems": str(error).splitlines()}, indent=2))
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "valid": True, **found}))
+    else:
+        name, *rest = found.values()
+        words = " in ".join if "steps" in found else ", ".join
+        click.echo(
+            f"{file}: {name}: {words(_amount(key, value) for key, value in zip([*found][1:], rest, strict=True))}"
+        )
+
+
+def _summary(file: Path) -> dict[str, str | int]:
+    """What is in a file, in a few words."""
     if is_scenario(file):
         scenario = load_scenario(file)
-        click.echo(f"{file}: {scenario.name}: {len(scenario.steps)} steps in {scenario.topology.name}")
-        return
+        return {"name": scenario.name, "steps": len(scenario.steps), "topology": scenario.topology.name}
     topology = load(file)
-    click.echo(f"{file}: {topology.name}: {len(topology.nodes)} nodes, {len(topology.links)} links")
+    return {"name": topology.name, "nodes": len(topology.nodes), "links": len(topology.links)}
 
 
-@main.command("plan")
+def _amount(key: str, value: str | int) -> str:
+    return f"{value} {key}" if isinstance(value, int) else value
+
+
+@main.command("plan", epilog=_examples("plan lab.yaml", "plan lab.yaml --json"))
 @_file
 @_as_json
 def show_plan(file: Path, *, as_json: bool) -> None:
-    """Print the operations that would build a lab, without building it."""
+    """Print the operations that build a lab, without building it."""
     topology = load(file)
     operations = plan(topology, kernel_means(topology))
     if as_json:
@@ -116,7 +160,7 @@ def show_plan(file: Path, *, as_json: bool) -> None:
         click.echo(describe(operation))
 
 
-@main.command("diagram")
+@main.command("diagram", epilog=_examples("diagram lab.yaml -o lab.svg"))
 @_file
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of standard output.")
 def draw(file: Path, output: Path | None) -> None:
@@ -128,7 +172,7 @@ def draw(file: Path, output: Path | None) -> None:
         output.write_text(picture)
 
 
-@main.command()
+@main.command(epilog=_examples("up lab.yaml", "up lab.yaml --directory logs --json"))
 @_file
 @_logs
 @_as_json
@@ -138,7 +182,8 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     sweep()
     logs = _directory(topology, directory)
     try:
-        record = registry.up(topology, logs)
+        with _progress(f"building {topology.name}"):
+            record = registry.up(topology, logs)
     except RegistryError:
         if directory is None:
             shutil.rmtree(logs)
@@ -150,27 +195,34 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
         click.echo(f"{record.name} is up: {', '.join(record.nodes)}; logs and captures in {record.directory}")
 
 
-@main.command()
-@click.argument("name", required=False)
-def down(name: str | None) -> None:
+@main.command(epilog=_examples("down", "down transparent-proxy --json"))
+@_name
+@_as_json
+def down(name: str | None, *, as_json: bool) -> None:
     """End a running lab: by name, or the only one."""
     record = registry.find(name)
-    registry.down(record)
-    click.echo(f"{record.name} is down")
+    with _progress(f"taking {record.name} down"):
+        registry.down(record)
+    click.echo(json.dumps(_as_values(record)) if as_json else f"{record.name} is down")
 
 
-@main.command("report")
-@click.argument("name", required=False)
+@main.command("report", epilog=_examples("report", "report transparent-proxy -o lab.html"))
+@_name
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of the lab's directory.")
-def write_report_of(name: str | None, output: Path | None) -> None:
-    """Write down what a running lab did so far, as one HTML file: by name, or the only one."""
+@_as_json
+def write_report_of(name: str | None, output: Path | None, *, as_json: bool) -> None:
+    """Write down what a running lab did so far, as HTML.
+
+    Which lab: by name, or the only one.
+    """
     record = registry.find(name)
     path = output or Path(record.directory, "report.html")
-    path.write_text(registry.ask_report(record), encoding="utf-8")
-    click.echo(path)
+    with _progress(f"writing the report of {record.name}"):
+        path.write_text(registry.ask_report(record), encoding="utf-8")
+    click.echo(json.dumps({"lab": record.name, "report": str(path)}) if as_json else path)
 
 
-@main.command("ls")
+@main.command("ls", epilog=_examples("ls", "ls --json"))
 @_as_json
 def list_labs(*, as_json: bool) -> None:
     """List the running labs."""
@@ -185,24 +237,38 @@ def list_labs(*, as_json: bool) -> None:
     console.print(table)
 
 
-@main.command("exec", context_settings={"ignore_unknown_options": True})
+@main.command(
+    "exec",
+    context_settings={"ignore_unknown_options": True},
+    epilog=_examples("exec client -- ping -c 1 10.0.1.2", "exec --lab two-proxies inner -- tproxyctl connections"),
+)
 @_lab
-@click.argument("node")
+@_node
 @_command
 def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
-    """Run a command in a node of a running lab: testbed exec NODE -- COMMAND..."""
+    """Run a command in a node of a running lab.
+
+    The exit code is the command's own.
+    """
     _become(registry.find(lab), node, command)
 
 
-@main.command()
+@main.command(epilog=_examples("shell gateway"))
 @_lab
-@click.argument("node")
+@_node
 def shell(lab: str | None, node: str) -> None:
-    """Open a shell in a node of a running lab."""
+    """Open a shell ($SHELL, or /bin/sh) in a node of a running lab."""
     _become(registry.find(lab), node, (os.environ.get("SHELL", "/bin/sh"),))
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=_examples(
+        "run lab.yaml -- ./my-test.sh",
+        "run lab.yaml --in client --report lab.html -- curl http://10.0.1.2/",
+        "run topologies/scenarios/proxy-dies.yaml --json",
+    ),
+)
 @_file
 @_logs
 @click.option("--in", "node", help="Run the command in this node instead of here.")
@@ -223,6 +289,8 @@ def run(
     \b
     testbed run TOPOLOGY [--in NODE] -- COMMAND...   runs a command
     testbed run SCENARIO                             does a scenario's steps
+
+    The exit code is the command's own, or 0 when all steps of the scenario came out as they should.
     """
     scenario = load_scenario(file) if is_scenario(file) else None
     if scenario is not None and (command or node is not None):
@@ -237,7 +305,9 @@ def run(
     logs = _directory(topology, directory)
     click.echo(f"logs and captures: {logs}", err=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
-    with Lab(topology, logs, record=report is not None) as lab:
+    with contextlib.ExitStack() as stack:
+        with _progress(f"building {topology.name}"):
+            lab = stack.enter_context(Lab(topology, logs, record=report is not None))
         _tell_impairments(topology)
         if scenario is not None:
             status = 0 if play(scenario, lab, as_json=as_json) else 1
@@ -247,6 +317,18 @@ def run(
             write_report(lab, report)
             click.echo(f"report: {report}", err=True)
     sys.exit(status if status >= 0 else 128 - status)
+
+
+@main.command(
+    "completion", epilog='\b\nExamples:\n  eval "$(testbed completion bash)"\n  testbed completion fish | source'
+)
+@click.argument("shell", type=click.Choice([shell.value for shell in completion.Shell]))
+def print_completion(shell: str) -> None:
+    """Print a shell's completion script.
+
+    Once it is evaluated, the shell completes commands, options, labs and nodes.
+    """
+    click.echo(completion.script(main, "testbed", completion.Shell(shell)))
 
 
 def _run_in(lab: Lab, node: str | None, command: tuple[str, ...]) -> int:

@@ -255,3 +255,55 @@ def test_a_plan_can_be_read_and_parsed(file: Path) -> None:
     assert "a: address 10.0.0.1/24 on eth0" in run_testbed("plan", file).stdout.splitlines()
     operations = json.loads(run_testbed("plan", "--json", file).stdout)
     assert operations[0]["operation"] == "MakeNamespace"
+
+
+def completed(*words: str) -> list[str]:
+    """What a shell offers behind these words; the last is what was typed of the next one."""
+    line = ["testbed", *words]
+    result = subprocess.run(
+        [sys.executable, "-c", "from testbed.cli import main; main(prog_name='testbed')"],
+        env={
+            **os.environ,
+            "_TESTBED_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(line),
+            "COMP_CWORD": str(len(line) - 1),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr == ""
+    return [offer.partition(",")[2] for offer in result.stdout.splitlines()]
+
+
+def test_labs_and_nodes_are_offered(lab: str) -> None:
+    assert completed("do") == ["down"]
+    assert completed("down", lab[:6]) == [lab]
+    assert completed("exec", "--lab", lab, "") == ["a", "b"]
+    assert completed("shell", "--lab", lab, "b") == ["b"]
+    assert completed("exec", "--lab", lab[:6]) == [lab]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_what_the_shell_evaluates(shell: str) -> None:
+    assert "_TESTBED_COMPLETE" in run_testbed("completion", shell).stdout
+
+
+def test_each_command_has_its_help_with_an_example_and_json_where_it_prints_results() -> None:
+    commands = ["validate", "plan", "diagram", "up", "down", "report", "ls", "exec", "shell", "run"]
+    for command in commands:
+        text = run_testbed(command, "--help").stdout
+        assert f"  testbed {command}" in text.partition("Examples:")[2]
+        assert ("--json" in text) == (command not in ("diagram", "exec", "shell"))
+
+
+def test_results_are_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
+    report = tmp_path / "lab.html"
+    told = json.loads(run_testbed("report", lab, "-o", report, "--json").stdout)
+    assert told == {"lab": lab, "report": str(report)}
+    assert json.loads(run_testbed("validate", file, "--json").stdout)["nodes"] == 2
+    assert json.loads(run_testbed("down", lab, "--json").stdout)["name"] == lab
+    file.write_text("name: x\nnods: {}\n")
+    wrong = run_testbed("validate", file, "--json")
+    assert (wrong.returncode, wrong.stderr) == (1, "")
+    assert any(f"{file}:2:1: nods: unknown key" in line for line in json.loads(wrong.stdout)["problems"])
