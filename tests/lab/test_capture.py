@@ -16,6 +16,7 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.utils import RawPcapNgReader
+from traffic_checks import tcpdump
 from wires import Wire, routes, wait_until, wire
 
 from testbed.capture import CaptureError, CapturePoint, CaptureSession
@@ -331,10 +332,7 @@ def _read_back(path: Path) -> list[tuple[bytes, RawPcapNgReader.PacketMetadata]]
 def test_tcpdump_opens_the_file(link: Wire, tmp_path: Path) -> None:
     with link.udp_sender() as sender, CaptureSession(link.points, tmp_path) as session:
         sender.send(b"hello")
-    shown = subprocess.run(
-        ["tcpdump", "-Z", "root", "-nr", str(session.path), "udp"], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.count("> 10.9.0.2.9: UDP, length 5") == 2
+    assert tcpdump(session.path, "udp").count("> 10.9.0.2.9: UDP, length 5") == 2
 
 
 def test_frames_that_were_read_but_are_not_in_the_file_yet_are_an_error(

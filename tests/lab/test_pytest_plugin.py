@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from traffic_checks import tcpdump
 
 from testbed import registry
 from testbed.process import start_time, sweep
@@ -212,10 +213,7 @@ def test_a_failed_test_leaves_a_folder_with_everything(project: pytest.Pytester,
     assert re.fullmatch(r"test_it\.py_test_fails-[0-9a-f]{6}", folder.name)
     result.stdout.fnmatch_lines(["*lab artefacts*", f"test_it.py::test_fails: {folder}"])
     assert "'the answer' == 42" in (folder / "failure.txt").read_text()
-    read = subprocess.run(
-        ["tcpdump", "-Z", "root", "-nr", folder / "capture.pcapng", "udp"], capture_output=True, text=True, check=True
-    )
-    assert "10.0.0.2.9: UDP, length 5" in read.stdout
+    assert "10.0.0.2.9: UDP, length 5" in tcpdump(folder / "capture.pcapng", "udp")
     assert "--dport 80 -j TPROXY --on-port 50080" in (folder / "b.ruleset.txt").read_text()
     assert "nfq" in (folder / "b.nft.txt").read_text()
     assert json.loads((folder / "b.sockrefs.json").read_text()) == []

@@ -1,8 +1,10 @@
-"""Whether packets get through, for tests of labs."""
+"""Whether packets get through, and what others see of them, for tests of labs."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+from pathlib import Path
 
 from testbed.netns import Namespace
 
@@ -20,3 +22,13 @@ def gets_through(source: Namespace, destination: Namespace, address: str, within
             return receiver.recv(16) == b"through"
         except OSError:
             return False
+
+
+def tcpdump(file: Path, words: str) -> str:
+    """What tcpdump tells of the packets in a file.
+
+    Root's tcpdump becomes somebody else first, which it cannot in a user namespace: there it is started as nobody.
+    """
+    may_change = Path("/proc/self/setgroups").read_text().strip() == "allow"
+    command = [*([] if may_change else ["unshare", "--user"]), "tcpdump", "-nr", str(file), words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
