@@ -21,12 +21,12 @@ PATIENCE = 120.0
 
 
 class Shell:
-    """A shell that a page's commands are typed into."""
+    """A shell that a page's commands are typed into, which knows of no labs that others have running."""
 
     def __init__(self, folder: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         self._process = subprocess.Popen(
-            ["bash"],
+            ["unshare", "--mount", "sh", "-ec", "mount -t tmpfs tmpfs /run; exec bash"],  # the records are there
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,24 +50,21 @@ class Shell:
 
 
 def test_the_tutorial_works_as_it_says_command_by_command(tmp_path: Path) -> None:
-    # As if in a clone; with a name of its own, since labs that stay are known by their names on the whole machine.
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    own = f"tutorial-{os.getpid()}"
+    (tmp_path / ".venv").symlink_to(sys.prefix)  # as if in a clone
     shell = Shell(tmp_path)
     done = 0
     try:
         for block in blocks("tutorial.md"):
-            text = block.text.replace("tutorial", own)
             if block.name:
-                (tmp_path / "try" / block.name.replace("tutorial", own)).write_text(text)
+                (tmp_path / "try" / block.name).write_text(block.text)
                 continue
             assert block.language == "console"
-            for command in commands(Block("console", "", text, block.line)):
+            for command in commands(block):
                 seen = shell.run(command.text)
                 assert not missing(command.shown, seen), f"docs/tutorial.md:{block.line}: {command.text}\n{seen}"
                 done += 1
     finally:
-        shell.run(f"testbed down {own}; testbed down {own}-proxy")
+        shell.run("testbed down tutorial; testbed down tutorial-proxy")
         shell.close()
     assert done > 15
 
