@@ -1,17 +1,21 @@
-"""The reference of topology files, made from their JSON Schema: `python -m testbed.schema_page > docs/topology.md`.
+"""The references of topology and scenario files, made from their JSON Schemas.
 
-Owns: how the schema reads as a page. Pure; what it says is the schema's.
+    python -m testbed.schema_page topology > docs/topology.md
+    python -m testbed.schema_page scenario > docs/scenarios.md
+
+Owns: how a schema reads as a page. Pure; what it says is the schema's.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from functools import reduce
 from importlib.resources import files
 from typing import Any, Final
 
-_SCHEMA: Final = "topology.schema.json"
-_HEAD: Final = """\
+_TOPOLOGY: Final = """\
 # Topology files
 
 A topology file is YAML. An unknown key is an error, told with line, column and the nearest known key; so is everything
@@ -22,28 +26,83 @@ server, a first line in the file does it:
 
     # yaml-language-server: $schema=…/testbed/topology.schema.json
 """
-_TITLES: Final = {"link.ends": "An end of a link: one of `ends`", "node.routes": "A route: one of a node's `routes`"}
-_UNITS: Final = {
+_SCENARIO: Final = """\
+# Scenario files
+
+A scenario is a lab as a regression test, without Python: a topology, and steps that are done in it one after the other.
+`testbed run FILE` prints a line a step and ends with 0 only if all came out as they should; the first that fails is the
+last. Mistakes in the file are told before anything is built: `testbed validate FILE`. `topologies/scenarios/` has three
+to begin with, and [tutorial.md](tutorial.md) an example.
+
+This page is made from `testbed/scenario.schema.json`.
+"""
+_TITLES: Final = {
+    ".steps": "A step: one of these keys, alone",
+    "link.ends": "An end of a link: one of `ends`",
+    "node.routes": "A route: one of a node's `routes`",
     "node": "A node: a value of `nodes`",
     "service": "A service: a value of a node's `services`",
     "engine": "An engine: a node's `engine`",
     "link": "A link: one of `links`",
     "impairment": "An impairment: a link's or an end's `impair`",
 }
+# Parts of a schema that are called by their name, rather than told in full wherever they may stand.
+_KINDS: Final = {*_TITLES, "name", "topology", "duration", "fields"}
 
 Schema = dict[str, Any]
 
 
-def page() -> str:
-    """The whole page."""
-    schema: Schema = json.loads(files("testbed").joinpath(_SCHEMA).read_text())
-    parts = [_HEAD, *_section("The file", schema, "")]
+def topology_page() -> str:
+    """The page about topology files."""
+    schema = _load("topology.schema.json")
+    parts = [_TOPOLOGY, *_section("The file", schema, "")]
     for name, definition in schema["$defs"].items():
         if "properties" in definition:
-            parts += _section(_UNITS[name], definition, name)
+            parts += _section(_TITLES[name], definition, name)
     _, _, looks = schema["$defs"]["name"]["title"].partition(": ")
     parts.append(f"A name has {looks}.")
     return "\n".join(parts) + "\n"
+
+
+def scenario_page() -> str:
+    """The page about scenario files."""
+    schema = _load("scenario.schema.json")
+    parts = [_SCENARIO, *_section("The file", schema, "")]
+    for name, step in schema["$defs"]["step"]["properties"].items():
+        parts += _section(f"A step: `{name}`", step, name)
+    return "\n".join(parts)
+
+
+PAGES: Final = {"topology": topology_page, "scenario": scenario_page}
+
+
+def _load(name: str) -> Schema:
+    """A schema with what it refers to in its place; `kind` is what that is called."""
+    schema: Schema = json.loads(files("testbed").joinpath(name).read_text())
+    expanded: Schema = _expanded(schema, name, schema)
+    return expanded
+
+
+def _expanded(value: Any, name: str, root: Schema) -> Any:
+    match value:
+        case {"$ref": str(reference), **own}:
+            return {**_target(reference, name, root), **own}
+        case dict():
+            return {key: _expanded(part, name, root) for key, part in value.items()}
+        case list():
+            return [_expanded(part, name, root) for part in value]
+        case _:
+            return value
+
+
+def _target(reference: str, name: str, root: Schema) -> Schema:
+    """What a reference in the file of a name leads to."""
+    file, _, path = reference.partition("#/")
+    if file not in ("", name):
+        name, root = file, json.loads(files("testbed").joinpath(file).read_text())
+    steps = path.split("/") if path else []
+    found = _expanded(reduce(lambda schema, step: schema[step], steps, root), name, root)
+    return {"kind": steps[-1] if steps else name.partition(".")[0], **found}
 
 
 def _section(title: str, schema: Schema, place: str) -> Iterator[str]:
@@ -65,7 +124,7 @@ def _section(title: str, schema: Schema, place: str) -> Iterator[str]:
 def _nested(schema: Schema) -> Schema | None:
     """The object in a list, or among alternatives."""
     for part in (schema.get("items", {}), *schema.get("anyOf", ())):
-        if "properties" in part:
+        if "properties" in part and part.get("kind") not in _KINDS:
             return dict(part)
     return None
 
@@ -73,9 +132,8 @@ def _nested(schema: Schema) -> Schema | None:
 def _type(schema: Schema) -> str:
     """What may stand there, in a few words."""
     match schema:
-        case {"$ref": str(name)}:
-            kind = name.rpartition("/")[2]
-            return "a name" if kind == "name" else f"{'an' if kind[0] in 'aei' else 'a'} {kind}"
+        case {"kind": str(kind)} if kind in _KINDS:
+            return kind if kind == "fields" else f"{'an' if kind[0] in 'aei' else 'a'} {kind}"
         case {"const": value}:
             return f"`{value}`"
         case {"enum": values}:
@@ -104,8 +162,8 @@ _ARTICLES: Final = {
 
 
 def _plural(schema: Schema) -> str:
-    if "$ref" in schema:
-        return f"{schema['$ref'].rpartition('/')[2]}s"
+    if schema.get("kind") in {*_KINDS, "step"}:
+        return f"{schema['kind']}s"
     if "anyOf" in schema:
         return " or ".join("nothing" if part.get("type") == "null" else _plural(part) for part in schema["anyOf"])
     kinds = {"string": "texts", "integer": "numbers", "object": "mappings, see below"}
@@ -133,4 +191,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(PAGES[sys.argv[1]](), end="")

@@ -1,4 +1,4 @@
-"""The page about topology files."""
+"""The pages about topology and scenario files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from testbed import schema_page
+import pytest
+
+from testbed.schema_page import PAGES
 
 REPOSITORY = Path(__file__).parents[2]
-SCHEMA = REPOSITORY / "testbed" / "topology.schema.json"
+DOCS = {"topology": "topology.md", "scenario": "scenarios.md"}
 
 
 def keys(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -26,15 +28,24 @@ def keys(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from keys(value)
 
 
-def test_the_page_in_docs_is_what_the_schema_says() -> None:
-    committed = (REPOSITORY / "docs" / "topology.md").read_text()
-    assert committed == schema_page.page(), "make it anew: python -m testbed.schema_page > docs/topology.md"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_in_docs_is_what_the_schema_says(name: str) -> None:
+    committed = (REPOSITORY / "docs" / DOCS[name]).read_text()
+    anew = f"make it anew: python -m testbed.schema_page {name} > docs/{DOCS[name]}"
+    assert committed == PAGES[name](), anew
 
 
-def test_every_key_is_on_the_page_and_explained() -> None:
-    page = schema_page.page()
-    found = dict(keys(json.loads(SCHEMA.read_text())))
-    assert len(found) > 40
-    for name, schema in found.items():
-        assert f"| `{name}`" in page
-        assert schema.get("description"), f"{name} has no description"
+@pytest.mark.parametrize("name", PAGES)
+def test_every_key_is_on_the_page(name: str) -> None:
+    page = PAGES[name]()
+    found = [key for key, _ in keys(json.loads((REPOSITORY / "testbed" / f"{name}.schema.json").read_text()))]
+    assert len(found) > 30
+    for key in found:
+        assert f"| `{key}`" in page or f"## A step: `{key}`" in page
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_key_is_explained(name: str) -> None:
+    rows = [line for line in PAGES[name]().splitlines() if line.startswith("| `")]
+    assert rows
+    assert [row for row in rows if row.endswith("|  |")] == []
