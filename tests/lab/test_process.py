@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from testbed.netns import Namespace
-from testbed.process import MARK, Program, ServiceError, owner_mark, sweep
+from testbed.process import Program, ServiceError, owner_mark, sweep
 from testbed.topology import Readiness
 
 pytestmark = pytest.mark.lab
@@ -152,7 +152,9 @@ def test_a_program_outlives_the_thread_that_started_it(namespace: Namespace, tmp
     started[0].stop()
 
 
-def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else() -> None:
+def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_of_this_test = f"TESTBED_OWNER_{os.getpid()}"  # or labs that start meanwhile would sweep, too
+    monkeypatch.setattr("testbed.process.MARK", mark_of_this_test)
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     pid_namespace, _, _ = owner_mark().split(":")
     started = Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -161,10 +163,13 @@ def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else() -> Non
         "its owner is gone": f"{pid_namespace}:{owner.pid}:{int(started) - 1}",
         "its owner is in another container": f"1:{owner.pid}:{int(started) - 1}",
     }
-    sleepers = {what: subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: mark}) for what, mark in marks.items()}
+    sleepers = {
+        what: subprocess.Popen(["sleep", "60"], env={**os.environ, mark_of_this_test: mark})
+        for what, mark in marks.items()
+    }
     try:
-        assert sleepers["its owner is gone"].pid in sweep()
-        assert sleepers["its owner is gone"].wait(5) == -signal.SIGKILL
+        assert sweep() == [sleepers["its owner is gone"].pid]
+        assert sleepers["its owner is gone"].wait(PATIENCE) == -signal.SIGKILL
         assert sleepers["its owner lives"].poll() is None
         assert sleepers["its owner is in another container"].poll() is None
     finally:
