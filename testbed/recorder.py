@@ -29,7 +29,7 @@ _TRACE: Final[wire.Message] = {"call": "trace", "arguments": []}
 # What is asked of an engine, and how many events of it are wanted.
 _WANTED: Final[tuple[tuple[wire.Message, int], ...]] = (
     ({"call": "monitor"}, 10_000),
-    (_TRACE, 2_000),
+    (_TRACE, 1_000),
     ({**_TRACE, "decisions": True}, 10_000),
 )
 _BARRIER: Final[wire.Message] = {"call": "counters"}  # answered when all events before it have been sent

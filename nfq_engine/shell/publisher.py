@@ -57,11 +57,11 @@ class _Listener:
     is_brief: bool = False
     lost: int = 0
 
-    def tell(self, message: wire.Message) -> None:
-        """Put an event into its outbox, behind the number of those that did not fit."""
+    def tell(self, line: bytes) -> None:
+        """Put an encoded event into its outbox, behind the number of those that did not fit."""
         if self.lost and self.caller.deliver(wire.encode({"event": "lost", "events": self.lost})):
             self.lost = 0
-        if self.lost or not self.caller.deliver(wire.encode(message)):
+        if self.lost or not self.caller.deliver(line):
             self.lost += 1
 
 
@@ -121,8 +121,9 @@ class Publisher:
         form = {"time": time.time(), "event": "packet", **_packet_form(seen, before)}
         form["after"] = flow_form(after) if after is not None and seen.decision.verdict is Verdict.ACCEPT else None
         form["by"] = self._authority(seen, before)
+        line = wire.encode(form)
         for listener in wanting:
-            listener.tell(form)
+            listener.tell(line)
 
     def _authority(self, seen: Seen, before: FlowTuple | None) -> str:
         """The rule and the sockrefs on whose word a packet's connection is translated, as far as there are any."""
@@ -137,8 +138,9 @@ class Publisher:
         return ", ".join(filter(None, (connection.rule, *map(_name, connection.sockrefs))))
 
     def _tell_monitors(self, message: wire.Message) -> None:
+        line = wire.encode(message)
         for listener in self._monitors:
-            listener.tell(message)
+            listener.tell(line)
 
 
 def _wants(listener: _Listener, seen: Seen, *flows: FlowTuple | None) -> bool:
