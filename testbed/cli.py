@@ -97,6 +97,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # who reads has enough; click ends quietly
+            raise
         except _TROUBLE as error:
             text = "\n".join((str(error), *getattr(error, "__notes__", ())))
             raise click.ClickException(text) from error
@@ -347,7 +349,10 @@ def _run_in(lab: Lab, node: str | None, command: tuple[str, ...]) -> int:
 def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
     """Become a command inside a node."""
     with record.namespace(node) as namespace, namespace.entered():
-        os.execvpe(command[0], command, environment())
+        try:
+            os.execvpe(command[0], command, environment())
+        except OSError as error:
+            raise LabError(f"{node}: cannot run {command[0]!r}: {error.strerror}") from error
 
 
 def _tell_impairments(topology: Topology) -> None:
