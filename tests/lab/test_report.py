@@ -192,6 +192,27 @@ def test_a_lab_without_captures_has_a_report_that_says_so(tmp_path: Path) -> Non
         assert "nothing was captured" in report(lab)
 
 
+def test_after_its_share_of_packets_an_engine_is_traced_no_more_and_still_tells_decisions(tmp_path: Path) -> None:
+    with engine_lab(tmp_path, RULES, "inline", capture=True, record=True) as lab:
+        assert lab.ask("counters")["watchers"] == 3
+        sender = lab.open(lab.client, socket.SOCK_DGRAM)
+        for _ in range(1100):
+            sender.sendto(b"x", (FOREIGN[4], 81))
+        until(lambda: lab.ask("counters")["watchers"] == 2, "the trace has ended")
+        late = lab.bound(lab.client, socket.SOCK_DGRAM, "0.0.0.0", 4444)
+        late.sendto(b"x", (FOREIGN[4], 80))
+        until(lambda: lab.reasons("PREROUTING").get("redirect"), "the engine has seen it")
+        recording = lab.lab.recording()
+        assert recording.cut == {"gateway"}
+        packets = [event for _, event in recording.events if event["event"] == "packet"]
+        assert packets[-1]["reason"] == "redirect"
+        assert packets[-1]["before"]["source"]["port"] == 4444
+        lab.lab.programs["gateway", "tproxyd"].kill()
+        assert len(lab.lab.recording().events) >= len(recording.events)
+        lab.lab.start_again("gateway", "tproxyd")
+        assert lab.ask("counters")["watchers"] == 3
+
+
 def test_a_program_that_ended_by_itself_is_on_the_timeline_with_its_end(tmp_path: Path) -> None:
     with engine_lab(tmp_path, RULES, "inline", capture=True, record=True) as lab:
         program = lab.gateway.start("brief", ["sh", "-c", "exec sleep 0.1"])
