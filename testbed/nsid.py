@@ -47,9 +47,21 @@ class Watch:
         """The names of those that are still there when all others have gone, or after `within` seconds."""
         deadline = time.monotonic() + within
         while self._alive and select.select([self._news], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            for ended in rtnetlink.ended_namespaces(self._news):
+            for ended in self._ended():
                 self._alive.pop(ended, None)
         return list(self._alive.values())
+
+    def _ended(self) -> list[int]:
+        """Ids of namespaces that are no more: the next news, or, where news found no room, those that are asked for."""
+        try:
+            return rtnetlink.ended_namespaces(self._news)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+        numbers = list(self._alive)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asking:
+            refused = rtnetlink.send(asking, [rtnetlink.ask_namespace(number) for number in numbers])
+            return [numbers[place] for place, code in refused if code == errno.ENOENT]
 
     def close(self) -> None:
         """Look no more."""

@@ -114,6 +114,11 @@ def namespace_id(netlink: socket.socket, descriptor: int) -> int:
     return _namespace_id(answer)
 
 
+def ask_namespace(number: int) -> Request:
+    """Ask for the namespace with an id; ENOENT when there is none."""
+    return Request(_RTM_GETNSID, 0, _RTGENMSG + attribute(_NETNSA_NSID, struct.pack("=i", number)))
+
+
 def ended_namespaces(news: socket.socket) -> list[int]:
     """The ids in the next piece of news from the group RTNLGRP_NSID whose namespaces are no more."""
     return [_namespace_id(body) for kind, _, body in _messages(news.recv(1 << 16)) if kind == _RTM_DELNSID]

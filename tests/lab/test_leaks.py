@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,18 @@ def wait_for(condition: Callable[[], object]) -> bool:
     while condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return not condition()
+
+
+def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> None:
+    ours, *others = [Namespace.new() for _ in range(20)]
+    with Watch({"ours": ours}) as watch, Watch({str(number): other for number, other in enumerate(others)}) as beside:
+        watch._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it two messages or three
+        for other in others:
+            other.close()
+        assert beside.remaining(PATIENCE) == []
+        assert watch.remaining(0) == ["ours"]
+        ours.close()
+        assert watch.remaining(PATIENCE) == []
 
 
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
