@@ -10,8 +10,9 @@ import errno
 import socket
 import struct
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from nfq_engine.shell.netlink import (
@@ -54,6 +55,13 @@ _INET: Final = 1  # NFPROTO_INET
 _NFQUEUE_REVISION: Final = 3
 _NFQUEUE_BYPASS: Final = 1
 
+# An attribute has at most 65535 bytes, and an element at most some 90.
+_ELEMENTS_OF_A_MESSAGE: Final = 512
+# A transaction is one datagram. With the system's own limits, 212992 bytes, the elements of a full map would not fit.
+_SOCKET_BUFFER: Final = 8 << 20
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+
 Element = tuple[bytes, bytes]  # key, and data (empty in a set); each part padded to four bytes
 
 
@@ -86,6 +94,7 @@ class NftSocket:
         self._table = attribute(1, table.encode() + b"\0")
         self._socket = open_socket()
         self._socket.setblocking(False)
+        _grow_buffers(self._socket)
         self._sequence = 1
 
     def change(
@@ -96,23 +105,22 @@ class NftSocket:
         OSError as the kernel says: ENFILE, the set is full; EEXIST or EBUSY, the key is there with other data; ENOENT,
         one to remove is not there; ETIMEDOUT, no acknowledgement came, so nobody knows.
         """
-        requests = [
-            (_DELETE_ELEMENTS, 0, self._elements(name, ((key, b"") for key in keys)))
-            for name, keys in (removed or {}).items()
-        ]
-        requests += [(_NEW_ELEMENTS, CREATE, self._elements(name, elements)) for name, elements in added.items()]
-        self._transact(requests)
+        removals = {name: [(key, b"") for key in keys] for name, keys in (removed or {}).items()}
+        self._transact([*self._requests(_DELETE_ELEMENTS, 0, removals), *self._requests(_NEW_ELEMENTS, CREATE, added)])
 
-    def refill(
+    def refill(self, names: Iterable[str], added: Mapping[str, Iterable[Element]]) -> None:
+        """Replace all elements of sets. All or nothing; OSError as `change` raises it."""
+        self._refill(names, added, 0)
+
+    def refill_counted(
         self, names: Iterable[str], added: Mapping[str, Iterable[Element]]
     ) -> dict[tuple[str, bytes], ElementCounts]:
-        """Replace all elements of sets; what each had counted when it went, by set and key, where there are counters.
+        """`refill` sets whose elements have counters; what each had counted when it went, by set and key.
 
-        All or nothing; OSError as `change` raises it.
+        The kernel tells each element of its own, so OSError (ENOBUFS), with the sets refilled, when there are too many
+        for the socket's buffer: some 600 of them, where that cannot be grown past the system's limit.
         """
-        requests = [(_DELETE_ELEMENTS, ECHO, self._set(name)) for name in names]
-        requests += [(_NEW_ELEMENTS, CREATE, self._elements(name, elements)) for name, elements in added.items()]
-        return _counted(self._transact(requests))
+        return _counted(self._refill(names, added, ECHO))
 
     def counts(self, name: str) -> dict[bytes, ElementCounts]:
         """What the elements of a set have counted so far, by key; OSError when the kernel cannot tell."""
@@ -150,6 +158,19 @@ class NftSocket:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def _refill(self, names: Iterable[str], added: Mapping[str, Iterable[Element]], flags: int) -> list[bytes]:
+        removals = [(_DELETE_ELEMENTS, flags, self._set(name)) for name in names]
+        return self._transact([*removals, *self._requests(_NEW_ELEMENTS, CREATE, added)])
+
+    def _requests(
+        self, kind: int, flags: int, wanted: Mapping[str, Iterable[Element]]
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Requests about elements, by set: as many as it needs."""
+        for name, elements in wanted.items():
+            rest = iter(elements)
+            while some := list(islice(rest, _ELEMENTS_OF_A_MESSAGE)):
+                yield kind, flags, self._elements(name, some)
 
     def _elements(self, name: str, elements: Iterable[Element]) -> bytes:
         """Elements of a set: what names it, and NFTA_SET_ELEM_LIST_ELEMENTS."""
@@ -189,6 +210,11 @@ class NftSocket:
                 data = self._socket.recv(LARGEST_READ)
             except BlockingIOError:
                 raise refused(failure or errno.ETIMEDOUT) from None
+            except OSError as error:
+                # Some were lost. The rest is read all the same: what is told of removals has no sequence number, so it
+                # would be taken for what the next transaction tells.
+                failure = failure or error.errno or errno.EIO
+                continue
             for kind, sequence, at, end in messages(data):
                 if kind == _DELETE_ELEMENTS:
                     told.append(data[at:end])
@@ -198,6 +224,15 @@ class NftSocket:
                         if failure:
                             raise refused(failure)
                         return told
+
+
+def _grow_buffers(target: socket.socket) -> None:
+    """Give a socket large buffers, past the system's limit where that is allowed."""
+    for forced, usual in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            target.setsockopt(socket.SOL_SOCKET, forced, _SOCKET_BUFFER)
+        except PermissionError:  # a user namespace may not
+            target.setsockopt(socket.SOL_SOCKET, usual, _SOCKET_BUFFER)
 
 
 def _counted(told: Iterable[bytes]) -> dict[tuple[str, bytes], ElementCounts]:

@@ -91,14 +91,16 @@ class Redirects:
                 self._nft.refill(_MAPS, elements(self._present))
             except OSError as error:
                 log.error("the maps `redirect` could not be renewed: %s", error.strerror)
-                self._renewal = now + _RENEWAL
+                self._renewal, self._until = now + _RENEWAL, 0.0
+                self._answered.outdate()
             else:
                 self._set_times(now)
 
     def are_refused(self, wanted: dict[Key, Endpoint]) -> None:
         """The kernel did not take these."""
         for key in wanted:
-            self._present.pop(key, None)
+            if self._present.pop(key, None) is not None:
+                self._answered.outdate()
             self._doubtful.add(key)
 
     def keep_away(self, key: Key) -> bool:

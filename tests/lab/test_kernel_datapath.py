@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -647,6 +648,22 @@ def test_lost_reports_are_made_up_for(lab: EngineLab) -> None:
         os.kill(engine, signal.SIGCONT)
     until(lambda: lab.ask("sockrefs")[0]["related"] == 0, "compared")
     assert "reports of conntrack were lost" in lab.lab.programs["gateway", "tproxyd"].log.read_text()
+
+
+def test_the_sockets_of_a_big_program_that_dies_are_all_forgotten(lab: EngineLab) -> None:
+    """All at once, more than one message to nf_tables can name."""
+    here = lab.gateway.address(4, "eth0")
+    with contextlib.ExitStack() as program:
+        for number in range(2800):
+            made = program.enter_context(lab.gateway.namespace.socket(socket.AF_INET, TCP))
+            made.bind((here, 0))
+            lab.tproxy.assign(made, f"198.51.{number >> 8}.{number & 255}", 80)
+        engine = lab.lab.programs["gateway", "tproxyd"].pid
+        os.kill(engine, signal.SIGSTOP)
+    os.kill(engine, signal.SIGCONT)
+    until(lambda: not lab.ask("counters")["sockrefs"], "forgotten")
+    assert not lab.ask("sockrefs")
+    assert "elements" not in lab.gateway.run(["nft", "list", "set", "inet", "nfq_tproxy", "foreign4"]).stdout
 
 
 # Looking inside.

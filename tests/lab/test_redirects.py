@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -12,6 +13,8 @@ import pytest
 from engine_lab import ANY, TCP, UDP, EngineLab, engine_lab, until
 
 from nfq_engine.client import Flag
+from nfq_engine.shell.divert import TABLE
+from nfq_engine.shell.nftables import Element, NftSocket
 
 pytestmark = pytest.mark.lab
 
@@ -209,6 +212,22 @@ def meets(lab: EngineLab, listener: socket.socket, port: int) -> str:
         far.recv(1)
     until(lambda: not lab.tracked(f"sport={port}", "ESTABLISHED"), "the connection has gone")
     return f"{peer[0]}:{peer[1]}"
+
+
+def test_the_largest_map_and_all_that_is_answered_can_be_renewed(lab: EngineLab) -> None:
+    """Their elements, as a client that tries all ports makes them where rules redirect every port."""
+    elements: list[Element] = [
+        (bytes((9, 0, 0, 0, 6, 0, 0, 0, *divmod(port, 256), 0, 0)), bytes(20)) for port in range(4096)
+    ]
+    answers: list[Element] = [(bytes((9, 0, 0, 0, *divmod(port, 256), 0, 0)), b"") for port in range(256)]
+    nft = lab.gateway.call(lambda: NftSocket(TABLE))
+    with contextlib.closing(nft):
+        for _ in range(2):
+            nft.refill(["redirect6"], {"redirect6": elements})
+            counted = nft.refill_counted(["answered6"], {"answered6": answers})
+        assert len(counted) == len(answers)
+    listed = json.loads(lab.gateway.run(["nft", "-j", "list", "map", "inet", TABLE, "redirect6"]).stdout)
+    assert len(listed["nftables"][1]["map"]["elem"]) == len(elements)
 
 
 def test_who_traces_sees_what_the_kernel_answered_before(lab: EngineLab) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import struct
 import sys
@@ -31,15 +32,25 @@ class FakeNft(NftSocket):
 
     elements: dict[bytes, ElementCounts] = field(default_factory=dict)
     refuses: bool = False
+    is_silent: bool = False  # refills, but what it says of that is lost
 
-    def refill(
+    def change(
+        self, added: Mapping[str, Iterable[Element]], removed: Mapping[str, Iterable[bytes]] | None = None
+    ) -> None:
+        self._may_refuse()
+        self.elements |= {key: ElementCounts() for key, _ in added.get(SET, ()) if key not in self.elements}
+
+    def refill(self, names: Iterable[str], added: Mapping[str, Iterable[Element]]) -> None:
+        self._may_refuse()
+
+    def refill_counted(
         self, names: Iterable[str], added: Mapping[str, Iterable[Element]]
     ) -> dict[tuple[str, bytes], ElementCounts]:
         self._may_refuse()
-        if SET not in names:
-            return {}
         counted = {(SET, key): counts for key, counts in self.elements.items()}
         self.elements = {key: ElementCounts() for each in added.values() for key, _ in each}
+        if self.is_silent:
+            raise OSError(errno.ENOBUFS, "too much to say")
         return counted
 
     def counts(self, name: str) -> dict[bytes, ElementCounts]:
@@ -61,10 +72,13 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.answered = Answered(self.nft, self.counted.append)
-        known = Known(endpoint("gateway", 50080), endpoint("server", 80), (self.tally,), is_for_all=True)
-        self.answered.propose(2, known)
+        self.propose(80)
         self.answered.adjust(0.0)
         assert list(self.nft.elements) == [KEY]
+
+    def propose(self, port: int) -> None:
+        known = Known(endpoint("gateway", 50080), endpoint("server", port), (self.tally,), is_for_all=True)
+        self.answered.propose(2, known)
 
 
 def test_what_the_kernel_counts_is_added_once() -> None:
@@ -88,6 +102,58 @@ def test_what_is_renewed_is_counted_once() -> None:
     scene.nft.elements[KEY] = ElementCounts(1, 60)
     scene.answered.collect()
     assert (scene.tally, scene.counted) == (Tally(4, 240), [3, 1])
+
+
+def test_what_is_answered_goes_on_counting_when_more_is() -> None:
+    scene = Scene()
+    scene.nft.elements[KEY] = ElementCounts(3, 180)
+    scene.propose(81)
+    scene.answered.adjust(1.0)
+    assert scene.nft.elements == {KEY: ElementCounts(3, 180), KEY.replace(b"P", b"Q"): ElementCounts()}
+    scene.answered.collect()
+    assert (scene.tally, scene.counted) == (Tally(3, 180), [3])
+
+
+def test_counts_never_fall_when_what_the_kernel_said_was_lost() -> None:
+    scene = Scene()
+    scene.nft.elements[KEY] = ElementCounts(3, 180)
+    scene.answered.collect()
+    scene.nft.is_silent = True
+    scene.answered.adjust(ANSWER_LIFE / 2)
+    scene.nft.elements[KEY] = ElementCounts(1, 60)
+    scene.answered.collect()
+    assert (scene.tally, scene.counted) == (Tally(4, 240), [3, 1])
+
+
+def test_only_so_many_are_answered_as_can_be_counted_quickly() -> None:
+    scene = Scene()
+    for port in range(1000, 5000):
+        scene.propose(port)
+    scene.answered.adjust(1.0)
+    assert len(scene.nft.elements) == 256
+
+
+def test_nothing_is_answered_whose_redirect_may_time_out() -> None:
+    scene = Scene()
+    redirects = Redirects(scene.nft, scene.answered)
+    key, to = key_of(2, Protocol.TCP, endpoint("server", 80)), endpoint("gateway", 50080)
+    redirects.are_put({key: to})
+    scene.nft.refuses = True
+    redirects.adjust(math.inf)
+    scene.nft.refuses = False
+    assert not redirects.lead(key, to)
+    scene.answered.adjust(0.0)
+    assert not scene.nft.elements
+
+
+def test_nothing_is_answered_whose_redirect_was_refused() -> None:
+    scene = Scene()
+    redirects = Redirects(scene.nft, scene.answered)
+    key = key_of(2, Protocol.TCP, endpoint("server", 80))
+    redirects.are_put({key: endpoint("gateway", 50080)})
+    redirects.are_refused({key: endpoint("gateway", 50080)})
+    scene.answered.adjust(0.0)
+    assert not scene.nft.elements
 
 
 def test_what_the_kernel_does_not_take_back_is_tried_again_and_its_redirect_stays_so_long() -> None:
@@ -136,7 +202,9 @@ def test_counts_are_read_from_messages(monkeypatch: pytest.MonkeyPatch, kind: in
         far.send(told)
         far.send(end)
         nft = NftSocket("table")
-        found = nft.counts(SET) if kind == 12 else {key: each for (_, key), each in nft.refill([SET], {}).items()}
+        found = (
+            nft.counts(SET) if kind == 12 else {key: each for (_, key), each in nft.refill_counted([SET], {}).items()}
+        )
     assert found == {KEY: ElementCounts(2, 120), KEY[::-1]: ElementCounts(2, 120)}
 
 

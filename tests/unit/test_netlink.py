@@ -103,6 +103,38 @@ def test_nothing_to_change_is_not_sent(fake: FakeSocket) -> None:
     assert fake.sent == []
 
 
+def test_many_elements_go_in_as_many_messages_as_they_need_of_one_transaction(fake: FakeSocket) -> None:
+    fake.answers = [answer(16)]
+    keys = [number.to_bytes(4, "big") for number in range(4096)]
+    NftSocket("table").change({"redirect6": [(key, bytes(20)) for key in keys]}, {"foreign6": keys})
+    (sent,) = fake.sent
+    _, *bodies, _ = netlink.messages(sent)
+    found: dict[bytes, list[bytes]] = {}
+    for _, _, at, end in bodies:
+        about = netlink.attributes(sent, at + netlink.BODY_AT, end)
+        assert about[3][1] <= end
+        for _, element in netlink.attribute_list(sent, *about[3]):
+            key = netlink.attributes(sent, *netlink.attributes(sent, *element)[1])[1]
+            found.setdefault(sent[slice(*about[2])], []).append(sent[slice(*key)])
+    assert found == {b"foreign6\0": keys, b"redirect6\0": keys}
+
+
+def test_what_a_transaction_tells_is_read_to_its_end_though_some_was_lost(fake: FakeSocket) -> None:
+    """Or the next one would be thought to tell it, as it has no sequence number."""
+    nft = NftSocket("table")
+    counter = netlink.nested(
+        2, netlink.attribute(1, (60).to_bytes(8, "big")), netlink.attribute(2, (1).to_bytes(8, "big"))
+    )
+    element = netlink.nested(1, netlink.nested(1, netlink.attribute(1, b"key.")), netlink.nested(7, counter))
+    about = netlink.attribute(1, b"table\0") + netlink.attribute(2, b"answered4\0") + netlink.nested(3, element)
+    told = netlink.message(10 << 8 | 14, 0, 1, 0, about, 0)
+    fake.answers = [OSError(errno.ENOBUFS, "no room"), told, answer(1)]
+    with pytest.raises(OSError, match=os.strerror(errno.ENOBUFS)):
+        nft.refill_counted(["answered4"], {})
+    fake.answers += [answer(2)]
+    assert nft.refill_counted(["answered4"], {}) == {}
+
+
 def entry_message(kind: int, port: int) -> bytes:
     """A report of conntrack's, of an entry of a UDP flow."""
     ip = netlink.nested(1, netlink.attribute(1, bytes(4)), netlink.attribute(2, bytes(4)))
