@@ -6,6 +6,7 @@ lab. What a server saw of its peers, and what a client got, is printed as one JS
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -13,7 +14,9 @@ import json
 import os
 import random
 import socket
+import socketserver
 import sys
+import threading
 import time
 import typing
 import urllib.error
@@ -144,19 +147,75 @@ def udp_ask(address: str, port: int, count: int, size: int, timeout: float) -> N
     sys.exit(0 if came == count else 1)
 
 
+@main.command("tcp-ask")
+@click.argument("address")
+@_port
+@click.option("--size", type=click.IntRange(1, 1 << 30), default=64, show_default=True, help="Bytes to send.")
+@click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for the next bytes.")
+def tcp_ask(address: str, port: int, size: int, timeout: float) -> None:
+    """Send `content(SIZE)` over a connection and expect it back. Exit code 1: there was no answer, or another."""
+    sent, started, came = content(size), time.monotonic(), bytearray()
+    try:
+        with socket.create_connection((address, port), timeout) as connection:
+            peer = connection.getpeername()
+            # Beside the reading: a server that cannot get rid of its answer takes no more.
+            sender = threading.Thread(target=_send_all, args=(connection, sent), daemon=True)
+            sender.start()
+            while len(came) < size and (data := _next_bytes(connection)):
+                came += data
+    except OSError as error:
+        raise click.ClickException(f"{address} port {port}: {error.strerror or error}") from error
+    if came != sent:
+        what = "other bytes than were sent" if len(came) >= size else f"{len(came)} of {size} bytes"
+        raise click.ClickException(f"{address} port {port} answered {what}")
+    seconds = round(time.monotonic() - started, 3)
+    _say(sent=size, answered=len(came), peer=f"{peer[0]} {peer[1]}", seconds=seconds)
+
+
+def _send_all(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # whoever reads sees that less comes back
+        connection.sendall(data)
+
+
+def _next_bytes(connection: socket.socket) -> bytes:
+    """What comes next; nothing at the end of the connection, and when nothing came in time."""
+    try:
+        return connection.recv(_CHUNK)
+    except (TimeoutError, ConnectionError):
+        return b""
+
+
+class _Echo(socketserver.BaseRequestHandler):
+    """Sends back what one connection says; prints the peer."""
+
+    def handle(self) -> None:
+        _say(peer=self.client_address[0].removeprefix("::ffff:"), port=self.client_address[1])
+        with contextlib.suppress(ConnectionError):
+            while data := self.request.recv(_CHUNK):
+                self.request.sendall(data)
+
+
+class _EchoServer(socketserver.ThreadingTCPServer):
+    """A TCP server for IPv6 and IPv4, a thread a connection."""
+
+    address_family = socket.AF_INET6
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 @main.command("tcp-echo")
 @_port
 @_notify
 def tcp_echo(port: int, notify_fd: int | None) -> None:
-    """Send back what TCP connections say, one after the other; print each peer."""
-    with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+    """Send back what TCP connections say; print each peer."""
+    with _EchoServer(("::", port), _Echo) as server:
         _ready(notify_fd)
-        while True:
-            connection, peer = server.accept()
-            with connection:
-                _say(peer=peer[0].removeprefix("::ffff:"), port=peer[1])
-                while data := connection.recv(_CHUNK):
-                    connection.sendall(data)
+        server.serve_forever()
 
 
 @main.command("udp-echo")

@@ -47,6 +47,11 @@ def namespaces() -> set[str]:
     return {str((task / "ns/net").readlink()) for task in Path("/proc/self/task").iterdir()}
 
 
+def own_namespace() -> str:
+    """The calling thread's namespace."""
+    return str(Path("/proc/thread-self/ns/net").readlink())
+
+
 @pytest.mark.parametrize(
     ("packet", "seen"),
     [
@@ -111,6 +116,24 @@ def test_what_answers_another_packet_is_no_answer(lab: Lab) -> None:
         assert lab["a"].sr1(IP(dst="10.0.1.2") / ICMP(id=2, seq=number)) is not None
     waiting.join()
     assert found == [None]
+
+
+def test_while_a_thread_sends_from_a_node_the_others_stay_where_they_are(lab: Lab) -> None:
+    before, here, there = namespaces(), own_namespace(), set[str]()
+
+    def send() -> None:
+        for number in range(1, 31):
+            lab["b"].sr1(IP(dst="10.0.0.1") / ICMP(id=number))
+            there.add(own_namespace())
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    seen = {own_namespace()}
+    while sending.is_alive():
+        seen.add(own_namespace())
+        sending.join(0.0005)
+    assert seen == there == {here}
+    assert namespaces() == before == {here}
 
 
 def test_threads_and_coroutines_send_from_several_nodes_at_once(lab: Lab) -> None:

@@ -1,0 +1,91 @@
+"""The ready clients and servers: as services of a topology, asked from another node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from testbed.lab import Lab
+from testbed.topology_file import loads
+from testbed.traffic import content
+
+pytestmark = pytest.mark.lab
+
+PATIENCE = 10.0
+PAGE_BYTES = 10_000
+TOPOLOGY = f"""\
+name: traffic
+nodes:
+  client:
+  server:
+    services:
+      tcp: {{command: ["{{python}}", -m, testbed.traffic, tcp-echo, --port, 7, --notify-fd, "{{notify_fd}}"],
+        ready: {{notify: true}}}}
+      udp: {{command: ["{{python}}", -m, testbed.traffic, udp-echo, --port, 7, --notify-fd, "{{notify_fd}}"],
+        ready: {{notify: true}}}}
+      web: {{command: ["{{python}}", -m, testbed.traffic, http-server, --port, 80, --size, {PAGE_BYTES}, --notify-fd,
+        "{{notify_fd}}"], ready: {{notify: true}}}}
+links:
+  - ends:
+      - {{node: client, addresses: [10.0.0.1/24, "fd00::1/64"]}}
+      - {{node: server, addresses: [10.0.0.2/24, "fd00::2/64"]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with Lab(loads(TOPOLOGY), tmp_path_factory.mktemp("traffic")) as running:
+        yield running
+
+
+def ask(lab: Lab, *words: object) -> dict[str, object]:
+    """What a client prints in the node `client`."""
+    output = lab["client"].run(["python", "-m", "testbed.traffic", *map(str, words)], timeout=PATIENCE).stdout
+    said: dict[str, object] = json.loads(output)
+    return said
+
+
+@pytest.mark.parametrize("address", [pytest.param("10.0.0.2", id="ipv4"), pytest.param("fd00::2", id="ipv6")])
+def test_clients_get_what_servers_answer(lab: Lab, address: str) -> None:
+    # More than the sockets' buffers hold on both ways: it must read while it sends.
+    tcp = ask(lab, "tcp-ask", address, "--port", 7, "--size", 20_000_000)
+    assert (tcp["sent"], tcp["answered"], tcp["peer"]) == (20_000_000, 20_000_000, f"{address} 7")
+    udp = ask(lab, "udp-ask", address, "--port", 7, "--count", 2)
+    assert (udp["answered"], udp["senders"]) == (2, [f"{address} 7"])
+    host = f"[{address}]" if ":" in address else address
+    page = ask(lab, "fetch", f"http://{host}/")
+    assert (page["status"], page["sha256"]) == (200, hashlib.sha256(content(PAGE_BYTES)).hexdigest())
+
+
+def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) -> None:
+    with lab["client"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as idle:
+        idle.settimeout(PATIENCE)
+        idle.connect(("10.0.0.2", 7))
+        with lab["client"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as reset:
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset.settimeout(PATIENCE)
+            reset.connect(("10.0.0.2", 7))
+            reset.sendall(b"served")
+            assert reset.recv(6) == b"served"
+        assert ask(lab, "tcp-ask", "10.0.0.2", "--port", 7)["answered"] == 64
+        idle.sendall(b"still here")
+        assert idle.recv(16) == b"still here"
+
+
+@pytest.mark.parametrize(
+    ("port", "complaint"),
+    [
+        pytest.param(8, "10.0.0.2 port 8: Connection refused", id="nobody listens"),
+        pytest.param(80, "answered 0 of 64 bytes", id="no echo"),
+    ],
+)
+def test_a_tcp_client_without_its_answer_says_so_and_fails(lab: Lab, port: int, complaint: str) -> None:
+    words = ["python", "-m", "testbed.traffic", "tcp-ask", "10.0.0.2", "--port", str(port), "--timeout", "0.5"]
+    failed = lab["client"].run(words, check=False, timeout=PATIENCE)
+    assert failed.returncode == 1
+    assert complaint in failed.stderr
