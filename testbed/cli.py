@@ -50,7 +50,10 @@ _TROUBLE: Final = (
     OSError,
 )
 
-_EPILOG: Final = """\b
+_CODES: Final = "0 done; 1 the lab or the file is not as it should be; 2 wrong usage."
+_COMMANDS_CODE: Final = "the command's own; 1 the lab is not as it should be; 2 wrong usage."
+
+_EPILOG: Final = f"""\b
 Examples:
   testbed up topologies/transparent-proxy.yaml
   testbed exec client -- python -m testbed.traffic fetch http://10.0.1.2/
@@ -58,12 +61,14 @@ Examples:
   testbed down
   testbed run topologies/transparent-proxy.yaml -- ./my-test.sh
   testbed run topologies/scenarios/rules-change.yaml
+
 \b
 Completion: eval "$(testbed completion bash)", the same for zsh;
 testbed completion fish | source
+
 \b
-Exit codes: 0 done; 1 the lab or the file is not as it should be; 2 wrong usage;
-exec, shell and run end with the command's own; run ends with 1 when a step of a scenario failed."""
+Exit codes: {_CODES}
+Exec, shell and run end with the command's own; run ends with 1 when a step of a scenario failed."""
 
 _file: Final = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 _lab: Final = click.option("--lab", help="Which lab, when several run.", shell_complete=completion.labs)
@@ -76,9 +81,10 @@ _logs: Final = click.option(
 )
 
 
-def _examples(*lines: str) -> str:
-    """Examples below the help of a command."""
-    return "\b\nExamples:\n" + "\n".join(f"  testbed {line}" for line in lines)
+def _examples(*lines: str, codes: str = _CODES) -> str:
+    """Examples and exit codes below the help of a command."""
+    listed = "\n".join(f"  testbed {line}" for line in lines)
+    return f"\b\nExamples:\n{listed}\n\nExit codes: {codes}"
 
 
 @contextlib.contextmanager
@@ -115,7 +121,7 @@ def main() -> None:
 def validate(file: Path, *, as_json: bool) -> None:
     """Check a topology or scenario file.
 
-    Every problem is told, with line and column; with --json on standard output. The exit code is 1 then.
+    Every problem is told, with line and column; with --json on standard output.
     """
     try:
         found = _summary(file)
@@ -242,20 +248,21 @@ def list_labs(*, as_json: bool) -> None:
 @main.command(
     "exec",
     context_settings={"ignore_unknown_options": True},
-    epilog=_examples("exec client -- ping -c 1 10.0.1.2", "exec --lab two-proxies inner -- tproxyctl connections"),
+    epilog=_examples(
+        "exec client -- ping -c 1 10.0.1.2",
+        "exec --lab two-proxies inner -- tproxyctl connections",
+        codes=_COMMANDS_CODE,
+    ),
 )
 @_lab
 @_node
 @_command
 def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
-    """Run a command in a node of a running lab.
-
-    The exit code is the command's own.
-    """
+    """Run a command in a node of a running lab."""
     _become(registry.find(lab), node, command)
 
 
-@main.command(epilog=_examples("shell gateway"))
+@main.command(epilog=_examples("shell gateway", codes=_COMMANDS_CODE))
 @_lab
 @_node
 def shell(lab: str | None, node: str) -> None:
@@ -269,6 +276,7 @@ def shell(lab: str | None, node: str) -> None:
         "run lab.yaml -- ./my-test.sh",
         "run lab.yaml --in client --report lab.html -- curl http://10.0.1.2/",
         "run topologies/scenarios/proxy-dies.yaml --json",
+        codes=f"{_COMMANDS_CODE} Of a scenario: 0 all steps came out as they should; 1 one failed.",
     ),
 )
 @_file
@@ -291,8 +299,6 @@ def run(
     \b
     testbed run TOPOLOGY [--in NODE] -- COMMAND...   runs a command
     testbed run SCENARIO                             does a scenario's steps
-
-    The exit code is the command's own, or 0 when all steps of the scenario came out as they should.
     """
     scenario = load_scenario(file) if is_scenario(file) else None
     if scenario is not None and (command or node is not None):
@@ -322,7 +328,9 @@ def run(
 
 
 @main.command(
-    "completion", epilog='\b\nExamples:\n  eval "$(testbed completion bash)"\n  testbed completion fish | source'
+    "completion",
+    epilog='\b\nExamples:\n  eval "$(testbed completion bash)"\n  testbed completion fish | source\n\n'
+    "Exit codes: 0 done; 2 wrong usage.",
 )
 @click.argument("shell", type=click.Choice([shell.value for shell in completion.Shell]))
 def print_completion(shell: str) -> None:

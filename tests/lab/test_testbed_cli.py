@@ -302,11 +302,13 @@ def test_completion_prints_what_the_shell_evaluates(shell: str) -> None:
     assert "_TESTBED_COMPLETE" in run_testbed("completion", shell).stdout
 
 
-def test_each_command_has_its_help_with_an_example_and_json_where_it_prints_results() -> None:
+def test_each_command_has_its_help_with_an_example_exit_codes_and_json_where_it_prints_results() -> None:
+    assert "\b" not in run_testbed("--help").stdout
     commands = ["validate", "plan", "diagram", "up", "down", "report", "ls", "exec", "shell", "run"]
     for command in commands:
         text = run_testbed(command, "--help").stdout
         assert f"  testbed {command}" in text.partition("Examples:")[2]
+        assert "Exit codes: " in text
         assert ("--json" in text) == (command not in ("diagram", "exec", "shell"))
 
 
