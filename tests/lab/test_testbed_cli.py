@@ -322,3 +322,23 @@ def test_results_are_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
     wrong = run_testbed("validate", file, "--json")
     assert (wrong.returncode, wrong.stderr) == (1, "")
     assert any(f"{file}:2:1: nods: unknown key" in line for line in json.loads(wrong.stdout)["problems"])
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "is_told"), [pytest.param(True, True, id="terminal"), pytest.param(False, False, id="pipe")]
+)
+def test_progress_is_told_on_a_terminal_only(file: Path, tmp_path: Path, is_terminal: bool, is_told: bool) -> None:
+    here, there = os.openpty() if is_terminal else os.pipe()
+    with os.fdopen(here, "rb", buffering=0) as reading:
+        done = subprocess.run(
+            [sys.executable, "-m", "testbed.cli", "run", file, "--directory", tmp_path / "logs", "--", "echo", "done"],
+            env={**os.environ, "TERM": "xterm"},
+            stdout=subprocess.PIPE,
+            stderr=there,
+            timeout=PATIENCE,
+            check=True,
+        )
+        told = reading.read(1 << 16)
+        os.close(there)
+    assert done.stdout == b"done\n"
+    assert (b"building" in told) == is_told
