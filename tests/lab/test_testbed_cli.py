@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from testbed.cli import main
 from testbed.process import start_time
 
 pytestmark = pytest.mark.lab
@@ -303,10 +305,11 @@ def test_completion_prints_what_the_shell_evaluates(shell: str) -> None:
 
 
 def test_each_command_has_its_help_with_an_example_exit_codes_and_json_where_it_prints_results() -> None:
-    assert "\b" not in run_testbed("--help").stdout
+    runner = CliRunner()
+    assert "\b" not in runner.invoke(main, ["--help"]).stdout
     commands = ["validate", "plan", "diagram", "up", "down", "report", "ls", "exec", "shell", "run"]
     for command in commands:
-        text = run_testbed(command, "--help").stdout
+        text = runner.invoke(main, [command, "--help"], prog_name="testbed").stdout
         assert f"  testbed {command}" in text.partition("Examples:")[2]
         assert "Exit codes: " in text
         assert ("--json" in text) == (command not in ("diagram", "exec", "shell"))
