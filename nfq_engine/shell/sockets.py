@@ -38,7 +38,9 @@ _DUMP: Final = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _HEADER: Final = struct.Struct("=IHHII")
-_COOKIE_AT: Final = 4 + 2 + 2 + 16 + 16 + 4  # in struct inet_diag_msg (linux/inet_diag.h)
+_TIMER_AT: Final = 2  # in struct inet_diag_msg (linux/inet_diag.h)
+_TIME_WAIT: Final = 3  # the timer of what TIME_WAIT, or FIN_WAIT2, has kept of a destroyed socket: number and cookie
+_COOKIE_AT: Final = 4 + 2 + 2 + 16 + 16 + 4
 _COOKIE: Final = struct.Struct("=II")
 _ALL: Final = 0x10000
 
@@ -200,7 +202,7 @@ class DestroyedSockets:
 
 
 def living() -> set[int]:
-    """The cookies of all TCP and UDP sockets of this namespace."""
+    """The cookies of all TCP and UDP sockets of this namespace whose end the kernel has still to tell."""
     cookies: set[int] = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asking:
         asking.bind((0, 0))
@@ -231,10 +233,12 @@ def _is_last(data: bytes) -> bool:
 
 
 def _cookies(data: bytes) -> list[int]:
-    """The socket cookies in a datagram of inet_diag messages."""
+    """The cookies in a datagram of inet_diag messages: of sockets, and not of what is left of them in TIME_WAIT."""
     found = []
     for kind, body in _messages(data):
-        if kind == _SOCK_DIAG_BY_FAMILY and len(body) >= _COOKIE_AT + _COOKIE.size:
+        if kind != _SOCK_DIAG_BY_FAMILY or len(body) < _COOKIE_AT + _COOKIE.size:
+            continue
+        if body[_TIMER_AT] != _TIME_WAIT:
             low, high = _COOKIE.unpack_from(body, _COOKIE_AT)
             found.append(high << 32 | low)
     return found

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.lab
 versions = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 deletions = pytest.mark.parametrize("deletion", ["linked", "scan"])
 datapaths = pytest.mark.parametrize("datapath", ["inline", "kernel"])
+SOCK_DIAG = "4"  # linux/netlink.h
 
 USERS = """
 table ip users {{
@@ -664,6 +665,40 @@ def test_the_sockets_of_a_big_program_that_dies_are_all_forgotten(lab: EngineLab
     until(lambda: not lab.ask("counters")["sockrefs"], "forgotten")
     assert not lab.ask("sockrefs")
     assert "elements" not in lab.gateway.run(["nft", "list", "set", "inet", "nfq_tproxy", "foreign4"]).stdout
+
+
+def lose_news_of_sockets(lab: EngineLab) -> None:
+    """Close sockets until the engine, which is stopped, has no room for the news of another."""
+
+    def is_lost() -> bool:
+        for _ in range(500):
+            lab.gateway.namespace.socket(socket.AF_INET, UDP).close()
+        rows = lab.gateway.run(["cat", "/proc/net/netlink"]).stdout.splitlines()[1:]
+        return any(protocol == SOCK_DIAG and int(drops) for _, protocol, *_, drops, _ in map(str.split, rows))
+
+    until(is_lost, "news is lost")
+
+
+def test_a_socket_of_whose_end_no_news_came_is_forgotten_though_it_lingers_in_time_wait(lab: EngineLab) -> None:
+    """Its end was told, or lost, when TIME_WAIT began; afterwards comes nothing."""
+    server = lab.bound(lab.server, TCP, ANY[4], 80, listen=True)
+    closed, kept = (lab.bound(lab.gateway, TCP, lab.gateway.address(4, "eth1"), port) for port in (7000, 7001))
+    for each in (closed, kept):
+        lab.tproxy.assign(each, "0.0.0.0")
+        each.connect((lab.server.address(), 80))
+    far, _ = server.accept()
+    engine = lab.lab.programs["gateway", "tproxyd"].pid
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        lose_news_of_sockets(lab)
+        closed.close()
+        assert far.recv(1) == b""
+        far.close()
+        until(lambda: "TIME-WAIT" in lab.gateway.run(["ss", "-tan", "sport = 7000"]).stdout, "it lingers")
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    until(lambda: [each["local"]["port"] for each in lab.ask("sockrefs")] == [7001], "forgotten")
+    assert "news of closed sockets was lost" in lab.lab.programs["gateway", "tproxyd"].log.read_text()
 
 
 # Looking inside.
