@@ -35,7 +35,7 @@ _Handler = Callable[["Answers", Caller, wire.Message, "int | None"], wire.Messag
 class Answers:
     """Answers requests about one datapath and its table.
 
-    `settle` is called first for what depends on news that may still wait: closed sockets, packets counted elsewhere.
+    `settle` is called first for what depends on news that may still wait: closed sockets, connections that ended.
     """
 
     def __init__(self, datapath: Datapath, settle: Callable[[], None], status: Callable[[], wire.Message]) -> None:
@@ -134,10 +134,13 @@ class Answers:
 
     def _rules(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)
-        return {"output": self._table.ruleset.apply(parse_command(_arguments(request)))}
+        command = parse_command(_arguments(request))
+        self._datapath.take_over()
+        return {"output": self._table.ruleset.apply(command)}
 
     def _save(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
         self._require_privilege(caller)
+        self._datapath.collect()
         return {"text": save(self._table.ruleset, counters=request.get("counters") is True)}
 
     def _restore(self, caller: Caller, request: wire.Message, _: int | None) -> wire.Message:
@@ -146,6 +149,7 @@ class Answers:
         if not isinstance(text, str):
             raise TypeError("text is a string")
         options = {name: request.get(name) is True for name in ("counters", "noflush", "test")}
+        self._datapath.take_over()
         return {"output": restore(text, self._table.ruleset, **options)}
 
     # Looking inside.
@@ -159,6 +163,7 @@ class Answers:
         return {"connections": self._datapath.connections()}
 
     def _counters(self, _caller: Caller, _request: wire.Message, _: int | None) -> wire.Message:
+        self._datapath.collect()
         counters = self._table.counters
         hooks: dict[str, dict[str, int]] = {}
         for (hook, reason), packets in sorted(counters.packets.items()):

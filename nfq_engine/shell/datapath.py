@@ -85,6 +85,12 @@ class Datapath(ABC):
     def settle(self) -> None:
         """Take in all news, so that an answer is right now."""
 
+    def collect(self) -> None:  # noqa: B027 - most count everything themselves
+        """Take in what the kernel has counted, so that all counters are right now."""
+
+    def take_over(self) -> None:  # noqa: B027 - most decide everything themselves
+        """`collect`, and let the kernel decide nothing by itself until `adjust`: rules may change, and count anew."""
+
     def adjust(self) -> None:  # noqa: B027 - most have told it nothing
         """Sockrefs or rules may have changed: let the kernel know, before anybody is told that it is done."""
 

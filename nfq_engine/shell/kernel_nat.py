@@ -98,9 +98,16 @@ class KernelDatapath(Datapath):
         return ((self._news, self._read_news),)
 
     def settle(self) -> None:
-        """Read conntrack's reports, and what the kernel has counted."""
+        """Read conntrack's reports."""
         self._read_news()
+
+    def collect(self) -> None:
+        """Read what the kernel has counted where it answered."""
         self._answered.collect()
+
+    def take_over(self) -> None:
+        """Have the kernel answer nothing, which tells what it has counted; what comes meanwhile waits in the queue."""
+        self._answered.withdraw()
 
     def adjust(self) -> None:
         """Divert what sockrefs and rules could want now."""

@@ -6,7 +6,9 @@ import contextlib
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,35 @@ def test_the_kernel_answers_by_itself_what_rules_have_said_twice_and_its_counts_
     redirected(lab, proxy, version)
     assert f"[1:{size}] -A PREROUTING -p tcp" in lab.gateway.run(["tproxyctl", "save", "-c"]).stdout
     assert lab.reasons("PREROUTING") == {"redirect": 6}
+
+
+def test_counts_that_are_set_to_zero_again_and_again_add_up(lab: EngineLab) -> None:
+    ends = threading.Event()
+    connected = 0
+
+    def connect() -> None:
+        nonlocal connected
+        while not ends.is_set():
+            with lab.client.namespace.socket(socket.AF_INET, TCP) as near, contextlib.suppress(ConnectionRefusedError):
+                near.connect((lab.server.address(), 80))
+            connected += 1
+
+    def has_connected(times: int) -> bool:
+        return connected >= times
+
+    def count(*arguments: str) -> int:
+        output = lab.tproxy.call({"call": "rules", "arguments": ["-L", "PREROUTING", "-v", "-x", *arguments]})["output"]
+        return int(output[2].split()[0])
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    counted = 0
+    for wanted in range(20, 420, 20):
+        until(partial(has_connected, wanted), "connected")
+        counted += count("-Z")
+    ends.set()
+    thread.join()
+    assert counted + count() == lab.reasons("PREROUTING")["redirect"] == connected
 
 
 def test_where_rules_look_at_addresses_each_connection_comes_to_the_engine(lab: EngineLab) -> None:
