@@ -256,7 +256,7 @@ def screenshots(tmp_path: Path, record_property: Callable[[str, object], None]) 
         return tmp_path
     folder = REPOSITORY / "artefacts" / "report-screenshots"
     folder.mkdir(parents=True, exist_ok=True)
-    record_property("lab artefacts", folder)
+    record_property("lab artefacts", str(folder))  # as text: pytest-xdist sends it to the process that prints it
     return folder
 
 
