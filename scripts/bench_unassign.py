@@ -164,9 +164,11 @@ class Running:
         """Have `count` strangers' connections, where there were `present`; the engine's own time out unless used."""
         if self.is_inline:
             crowds.send_through(self.lab["client"], self.tproxy, crowds.strangers(count))
+            found = crowds.counters(self.tproxy)["connections"]
         else:
             crowds.fill_conntrack(self.lab["gateway"], mapped_strangers(present, count), crowds.MARK)
-        if (found := crowds.counters(self.tproxy)["connections"]) != count:
+            found = crowds.count_conntrack(self.lab["gateway"], crowds.MARK)
+        if found != count:
             raise RuntimeError(f"{found} connections are tracked instead of {count}")
 
     def unassign(self) -> float:

@@ -9,6 +9,7 @@ import errno
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from nfq_engine.client import Tproxy
 from nfq_engine.core.conntrack import Connection
 from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
 from nfq_engine.core.pipeline import Engine
-from nfq_engine.shell.ctnetlink import tuple_attribute
+from nfq_engine.shell.ctnetlink import KernelConntrack, tuple_attribute
 from nfq_engine.shell.netlink import ERROR, LARGEST_READ, REQUEST, attribute, error_of, message, messages, open_socket
 from testbed.lab import NodeHandle
 
@@ -61,6 +62,15 @@ def fill_conntrack(node: NodeHandle, flows: Iterable[tuple[FlowTuple, FlowTuple]
         while batch := list(islice(flows := iter(flows), _AT_ONCE)):
             kernel.send(b"".join(_entry(original, final, mark) for original, final in batch))
             _check(kernel)
+
+
+def count_conntrack(node: NodeHandle, mark: int) -> int:
+    """How many entries of a node's conntrack carry a mark; a tproxyd does not count anew each time it is asked."""
+    conntrack = node.call(partial(KernelConntrack, mark))
+    try:
+        return len(conntrack.ours())
+    finally:
+        conntrack.close()
 
 
 def _entry(original: FlowTuple, final: FlowTuple, mark: int) -> bytes:

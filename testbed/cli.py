@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
@@ -49,6 +50,9 @@ _TROUBLE: Final = (
     RegistryError,
     OSError,
 )
+
+_SOON_S: Final = 1.0
+"""What takes no longer needs no word of progress."""
 
 _CODES: Final = "0 done; 1 the lab or the file is not as it should be; 2 wrong usage."
 _COMMANDS_CODE: Final = "the command's own; 1 the lab is not as it should be; 2 wrong usage."
@@ -89,12 +93,20 @@ def _examples(*lines: str, codes: str = _CODES) -> str:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
-    """Say on a terminal what is being done while it is; elsewhere nothing."""
+    """Say on a terminal what is being done, once it has taken a second; elsewhere nothing."""
     if not sys.stderr.isatty():
         yield
         return
-    with Console(stderr=True).status(what):
+    status = Console(stderr=True).status(what)
+    late = threading.Timer(_SOON_S, status.start)
+    late.daemon = True
+    late.start()
+    try:
         yield
+    finally:
+        late.cancel()
+        late.join()  # it may just be starting the status
+        status.stop()
 
 
 class _Commands(click.Group):

@@ -327,14 +327,12 @@ def test_results_are_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
     assert any(f"{file}:2:1: nods: unknown key" in line for line in json.loads(wrong.stdout)["problems"])
 
 
-@pytest.mark.parametrize(
-    ("is_terminal", "is_told"), [pytest.param(True, True, id="terminal"), pytest.param(False, False, id="pipe")]
-)
-def test_progress_is_told_on_a_terminal_only(file: Path, tmp_path: Path, is_terminal: bool, is_told: bool) -> None:
+def run_and_read_stderr(file: Path, directory: Path, *, is_terminal: bool) -> bytes:
+    """What `testbed run` told on standard error, a terminal or a pipe."""
     here, there = os.openpty() if is_terminal else os.pipe()
     with os.fdopen(here, "rb", buffering=0) as reading:
         done = subprocess.run(
-            [sys.executable, "-m", "testbed.cli", "run", file, "--directory", tmp_path / "logs", "--", "echo", "done"],
+            [sys.executable, "-m", "testbed.cli", "run", file, "--directory", directory, "--", "echo", "done"],
             env={**os.environ, "TERM": "xterm"},
             stdout=subprocess.PIPE,
             stderr=there,
@@ -344,4 +342,25 @@ def test_progress_is_told_on_a_terminal_only(file: Path, tmp_path: Path, is_term
         told = reading.read(1 << 16)
         os.close(there)
     assert done.stdout == b"done\n"
-    assert (b"building" in told) == is_told
+    return told
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "is_told"), [pytest.param(True, True, id="terminal"), pytest.param(False, False, id="pipe")]
+)
+def test_progress_of_what_takes_long_is_told_on_a_terminal_only(
+    tmp_path: Path, is_terminal: bool, is_told: bool
+) -> None:
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(
+        "name: slow\nnodes:\n  a:\n    services:\n"
+        "      late: {command: [sh, -c, sleep 1.5; echo here; exec sleep 60], ready: {log: here}}\n"
+    )
+    told = run_and_read_stderr(slow, tmp_path / "logs", is_terminal=is_terminal)
+    assert (b"building slow" in told) == is_told
+
+
+def test_of_what_is_done_within_a_second_no_progress_is_told(file: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = run_and_read_stderr(file, tmp_path / "logs", is_terminal=True)
+    assert b"building" not in told or time.monotonic() - began > 1
