@@ -128,23 +128,7 @@ def word_from(lab: EngineLab, address: str) -> bytes:
 @versions
 def test_type_of_a_destination_follows_the_hosts_addresses(lab: EngineLab, version: int) -> None:
     serve(lab, version)
-    lab.rules(
-        *[
-            "-A",
-            "PREROUTING",
-            "-p",
-            "tcp",
-            "-m",
-            "addrtype",
-            "!",
-            "--dst-type",
-            "LOCAL",
-            "-j",
-            "TPROXY",
-            "--on-port",
-            "50082",
-        ]
-    )
+    rule(lab, "-A PREROUTING -p tcp -m addrtype ! --dst-type LOCAL -j TPROXY --on-port 50082")
     assert word_from(lab, lab.server.address(version)) == b"proxy\n"
     assert word_from(lab, lab.gateway.address(version, "eth0")) == b"gateway\n"
     new, route = {4: ("192.0.2.1", "203.0.113.0/24"), 6: ("2001:db8:1::1", "2001:db8:2::/64")}[version]
@@ -160,48 +144,10 @@ def test_type_of_a_destination_follows_the_hosts_addresses(lab: EngineLab, versi
 
 def test_type_of_a_source(lab: EngineLab) -> None:
     serve(lab, 4)
-    lab.rules(
-        *[
-            "-A",
-            "OUTPUT",
-            "-p",
-            "tcp",
-            "-m",
-            "tcp",
-            "--dport",
-            "82",
-            "-m",
-            "addrtype",
-            "--src-type",
-            "LOCAL",
-            "-j",
-            "TPROXY",
-            "--on-port",
-            "50082",
-        ]
-    )
+    rule(lab, "-A OUTPUT -p tcp -m tcp --dport 82 -m addrtype --src-type LOCAL -j TPROXY --on-port 50082")
     assert reached(lab, "tcp", 4, is_other=False) == "proxy"
     lab.rules("-F", "OUTPUT")
-    lab.rules(
-        *[
-            "-A",
-            "OUTPUT",
-            "-p",
-            "tcp",
-            "-m",
-            "tcp",
-            "--dport",
-            "82",
-            "-m",
-            "addrtype",
-            "--src-type",
-            "UNICAST",
-            "-j",
-            "TPROXY",
-            "--on-port",
-            "50082",
-        ]
-    )
+    rule(lab, "-A OUTPUT -p tcp -m tcp --dport 82 -m addrtype --src-type UNICAST -j TPROXY --on-port 50082")
     assert reached(lab, "tcp", 4, is_other=False) == "server"
 
 
