@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.netns import Namespace
@@ -31,32 +32,55 @@ class CraftError(ValueError):
     """A packet that cannot be sent as it is; the message says why."""
 
 
-def send(namespace: Namespace, packet: Packet) -> None:
+def send(namespace: Namespace, packet: Packet, interface: str | None = None) -> None:
     """Send an IPv4 or IPv6 packet as it is; what it leaves open (its source, lengths, checksums) is filled in.
 
-    CraftError when it does not begin with IP, is larger than the way allows, or the node has no route for it.
+    `interface` is where it must leave: link-local destinations and groups are at no other place than the caller says.
+    CraftError when the packet does not begin with IP, is larger than the way allows, or the node has no route for it.
     """
-    whole, family, destination = _completed(namespace, packet)
-    _send(namespace, bytes(whole), family, destination)
+    way = _Way(namespace, interface)
+    whole, family, destination = _completed(way, packet)
+    _send(way, bytes(whole), family, destination)
 
 
-def sr1(namespace: Namespace, packet: Packet, timeout: float) -> Packet | None:
+def sr1(namespace: Namespace, packet: Packet, timeout: float, interface: str | None = None) -> Packet | None:
     """Send a packet, and return the first that answers it within `timeout` seconds, from its IP header on; else None.
 
     What is an answer, Scapy says (`Packet.answers`): the right addresses and ports the other way round, the echo's
-    identifier, or an ICMP error about it. CraftError as for `send`.
+    identifier, or an ICMP error about it. `interface` and CraftError as for `send`.
     """
-    whole, family, destination = _completed(namespace, packet)
+    way = _Way(namespace, interface)
+    whole, family, destination = _completed(way, packet)
     sent = type(whole)(bytes(whole))
     with _listening(namespace) as listener:
-        _send(namespace, bytes(whole), family, destination)
+        _send(way, bytes(whole), family, destination)
         for answer in _received(listener, time.monotonic() + timeout):
             if answer.answers(sent):
                 return answer
     return None
 
 
-def _completed(namespace: Namespace, packet: Packet) -> tuple[Any, socket.AddressFamily, str]:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Where packets leave: a node, and one of its interfaces if that is not left to its routes."""
+
+    namespace: Namespace
+    interface: str | None
+
+    def socket(self, family: socket.AddressFamily, kind: socket.SocketKind, protocol: int = 0) -> socket.socket:
+        """One that may send to broadcast addresses; CraftError when there is no such interface."""
+        opened = self.namespace.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if self.interface is not None:
+            try:
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self.interface.encode())
+            except OSError as error:
+                opened.close()
+                raise CraftError(f"there is no interface {self.interface!r}") from error
+        return opened
+
+
+def _completed(way: _Way, packet: Packet) -> tuple[Any, socket.AddressFamily, str]:
     """The packet with its source, its family and its destination."""
     from scapy.layers.inet import IP
     from scapy.layers.inet6 import IPv6
@@ -69,13 +93,13 @@ def _completed(namespace: Namespace, packet: Packet) -> tuple[Any, socket.Addres
     destination = str(packet.dst)
     whole = packet.copy()
     if "src" not in whole.fields:
-        whole.src = _source(namespace, family, destination)
+        whole.src = _source(way, family, destination)
     return whole, family, destination
 
 
-def _source(namespace: Namespace, family: socket.AddressFamily, destination: str) -> str:
+def _source(way: _Way, family: socket.AddressFamily, destination: str) -> str:
     """The address that the node's kernel would send from."""
-    with namespace.socket(family, socket.SOCK_DGRAM) as asking:
+    with way.socket(family, socket.SOCK_DGRAM) as asking:
         try:
             asking.connect((destination, _ANY_PORT))
         except OSError as error:
@@ -84,9 +108,9 @@ def _source(namespace: Namespace, family: socket.AddressFamily, destination: str
     return source
 
 
-def _send(namespace: Namespace, data: bytes, family: socket.AddressFamily, destination: str) -> None:
+def _send(way: _Way, data: bytes, family: socket.AddressFamily, destination: str) -> None:
     # IPPROTO_RAW: what is sent has its own IP header, of either family (net/ipv4/raw.c, net/ipv6/raw.c).
-    with namespace.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+    with way.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
         try:
             sender.sendto(data, (destination, 0))
         except OSError as error:

@@ -112,20 +112,21 @@ class NodeHandle:
             raise LabError(f"{self.name}: {' '.join(command)} failed ({running.returncode}): {errors or output}")
         return subprocess.CompletedProcess(list(command), running.returncode, output, errors)
 
-    def send(self, packet: Packet) -> None:
+    def send(self, packet: Packet, interface: str | None = None) -> None:
         """Send a Scapy packet that begins with IP or IPv6, by this node's routes; LabError when it cannot be sent.
 
-        A source that it does not name is the node's own. From any thread; the namespace of none is left.
+        A source that it does not name is the node's own. Link-local destinations and groups need the interface. From
+        any thread; the namespace of none is left.
         """
-        self._craft(lambda: craft.send(self.namespace, packet))
+        self._craft(lambda: craft.send(self.namespace, packet, interface))
 
-    def sr1(self, packet: Packet, timeout: float = _ANSWER_PATIENCE) -> Packet | None:
+    def sr1(self, packet: Packet, timeout: float = _ANSWER_PATIENCE, *, interface: str | None = None) -> Packet | None:
         """Send a Scapy packet and return the first that answers it, from its IP header on.
 
         None when there was no answer within `timeout` seconds; LabError when it cannot be sent. In async code:
         `await asyncio.to_thread(lab["client"].sr1, packet)`.
         """
-        return self._craft(lambda: craft.sr1(self.namespace, packet, timeout))
+        return self._craft(lambda: craft.sr1(self.namespace, packet, timeout, interface))
 
     def _craft(self, act: Callable[[], _Result]) -> _Result:
         try:

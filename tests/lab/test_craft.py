@@ -71,6 +71,35 @@ def test_packet_goes_by_the_nodes_own_routes(lab: Lab, watch: Watch, packet: Any
 
 
 @pytest.mark.parametrize(
+    ("packet", "address"),
+    [
+        pytest.param(IP(dst="255.255.255.255") / UDP(dport=9), "10.0.0.2", id="broadcast"),
+        pytest.param(IP(dst="10.0.0.255") / UDP(dport=9), "10.0.0.2", id="broadcast of the link"),
+        pytest.param(IP(dst="224.0.0.251", ttl=1) / UDP(dport=9), "10.0.0.2", id="group"),
+        pytest.param(IPv6(dst="ff02::1") / UDP(dport=9), "fe80::", id="group6"),
+        pytest.param(IPv6(dst="fe80::77") / UDP(dport=9), "fe80::", id="link-local"),
+    ],
+)
+def test_what_is_for_a_link_leaves_by_the_interface_that_is_said(
+    lab: Lab, watch: Watch, packet: Any, address: str
+) -> None:
+    if packet.dst == "fe80::77":
+        lab["r"].run(["ip", "-6", "neigh", "replace", packet.dst, "lladdr", "02:00:00:00:00:77", "dev", "eth0"])
+    lab["r"].send(packet, interface="eth0")
+    frame = watch.expect("r:eth0", {"udp.dport": 9}, count=1)[0]
+    assert frame.packet[packet.__class__].dst == packet.dst
+    assert frame.packet[packet.__class__].src.startswith(address)
+
+
+def test_a_neighbour_answers_at_its_link_local_address(lab: Lab) -> None:
+    own = lab["a"].run(["ip", "-6", "-br", "addr", "show", "dev", "eth0", "scope", "link"]).stdout
+    neighbour = next(word.partition("/")[0] for word in own.split() if word.startswith("fe80"))
+    answer = lab["r"].sr1(IPv6(dst=neighbour) / ICMPv6EchoRequest(id=3), interface="eth0")
+    assert answer is not None
+    assert answer.src == neighbour
+
+
+@pytest.mark.parametrize(
     ("packet", "is_answer"),
     [
         pytest.param(
@@ -164,3 +193,8 @@ def test_threads_and_coroutines_send_from_several_nodes_at_once(lab: Lab) -> Non
 def test_what_cannot_be_sent_is_told(lab: Lab, packet: Any, complaint: str) -> None:
     with pytest.raises(LabError, match=f"r: .*{complaint}"):
         lab["r"].send(packet)
+
+
+def test_an_interface_that_is_not_there_is_told(lab: Lab) -> None:
+    with pytest.raises(LabError, match="a: there is no interface 'eth7'"):
+        lab["a"].send(IP(dst="10.0.0.2") / UDP(), interface="eth7")
