@@ -26,6 +26,7 @@ from typing import Final
 _CLONE_NEWNET: Final = 0x40000000
 _CAP_NET_ADMIN: Final = 12
 _CAP_SYS_ADMIN: Final = 21
+_SYS_PIDFD_GETFD: Final = 438  # the same number on every machine
 
 # linux/netlink.h
 _NETLINK_ROUTE: Final = 0
@@ -211,6 +212,15 @@ def _map_other_users() -> None:
 def _offer_seccomp_notification() -> None:
     if "user_notif" not in Path("/proc/sys/kernel/seccomp/actions_avail").read_text(encoding="ascii").split():
         raise OSError("no action user_notif")
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        copy = libc.syscall(_SYS_PIDFD_GETFD, pidfd, pidfd, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        os.close(copy)
+    finally:
+        os.close(pidfd)
 
 
 # ---- netlink ----
@@ -355,7 +365,7 @@ FEATURES: Final = (
         name="seccomp-notify",
         required=False,
         needed_for="the socket API of unmodified programs",
-        remedy="CONFIG_SECCOMP_FILTER, Linux 5.6 or newer",
+        remedy="CONFIG_SECCOMP_FILTER, Linux 5.6 or newer; in a container --cap-add SYS_PTRACE",
         cost="programs must use the Python client",
         trial=_offer_seccomp_notification,
     ),

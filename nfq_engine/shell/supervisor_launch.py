@@ -136,7 +136,7 @@ def _take_listener(program: int, number: int) -> Listener:
     except PermissionError as problem:
         raise SupervisorError(
             "the supervisor may not take sockets from the program: "
-            "CAP_SYS_PTRACE is missing, or kernel.yama.ptrace_scope is not 0"
+            "CAP_SYS_PTRACE is missing, or kernel.yama.ptrace_scope is not 0, or a container forbids pidfd_getfd"
         ) from problem
     finally:
         os.close(pidfd)

@@ -27,7 +27,7 @@ from nfq_engine.core.option import Operation, pack_address, pack_number
 from nfq_engine.core.packet import Endpoint
 from testbed.topology import ENGINE
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 RUN = ("tproxyctl", "run", "--")

@@ -58,6 +58,26 @@ def test_the_probe_finds_what_the_command_finds(capabilities: Capabilities, name
     assert capabilities.has(name) == (outcome.returncode == 0), outcome.stderr
 
 
+UNDER_A_PROFILE = """\
+import ctypes, os, runpy, struct
+allow, refuse, number = 0x7FFF0000, 0x00050001, 438  # seccomp(2): ALLOW, ERRNO with EPERM; pidfd_getfd
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, refuse), (0x06, 0, 0, allow)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+program = ctypes.create_string_buffer(struct.pack("H6xQ", len(lines), ctypes.addressof(code)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0) == 0
+runpy.run_module("testbed.capabilities", run_name="__main__")
+"""
+
+
+def test_a_container_that_lets_nobody_take_sockets_is_found() -> None:
+    """Docker's profile allows pidfd_getfd only to who has SYS_PTRACE."""
+    outcome = run(sys.executable, "-W", "ignore", "-c", UNDER_A_PROFILE)
+    line = next(line for line in outcome.stdout.splitlines() if "seccomp-notify" in line)
+    assert "Operation not permitted" in line
+    assert "--cap-add SYS_PTRACE" in outcome.stdout
+
+
 def test_every_feature_was_tried_once(capabilities: Capabilities) -> None:
     names = [capability.name for capability in capabilities]
     assert len(set(names)) == len(names)

@@ -11,7 +11,7 @@ import pytest
 from testbed.lab import Lab
 from testbed.topology_file import loads
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 EXPECTED = {

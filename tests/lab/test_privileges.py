@@ -12,7 +12,7 @@ import pytest
 from engine_lab import EngineLab, engine_lab
 from supervisor_runs import ROOT, TIMEOUT
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 
 RUN = ("tproxyctl", "run", "--")
 

@@ -33,7 +33,7 @@ from supervisor_runs import (
     wait_until,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 NOBODY = 65534

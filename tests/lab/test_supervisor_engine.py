@@ -14,7 +14,7 @@ from supervisor_runs import ROOT, TIMEOUT, Start
 
 from testbed.netns import Namespace
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 

@@ -17,7 +17,7 @@ from supervisor_runs import IP_RECVORIGADDRS, compile_c
 from testbed.process import Program
 from testbed.topology import ENGINE, Readiness
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 RUN = ("tproxyctl", "run", "--")

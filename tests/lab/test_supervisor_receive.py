@@ -26,7 +26,7 @@ from supervisor_runs import (
     wait_until,
 )
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 pytest_plugins = ["supervisor_fixtures"]
 
 RECVMSG = {"x86_64": 47, "aarch64": 212}[platform.machine()]

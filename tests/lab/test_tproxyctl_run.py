@@ -18,7 +18,7 @@ from testbed.process import Program
 from testbed.topology import Readiness
 from testbed.topology_file import loads
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 
 yaml = YAML(typ="safe")
 SOURCES = Path(__file__).parents[1] / "programs"

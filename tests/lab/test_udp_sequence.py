@@ -15,7 +15,7 @@ from engine_lab import ANY, FOREIGN, UDP, EngineLab, engine_lab, until
 from nfq_engine.client import Flag
 from testbed.process import Program
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.needs("seccomp-notify")]
 
 RULE = ("-A PREROUTING -i eth0 -p udp -m udp --dport 5000:5999 -j TPROXY --on-port 50053",)
 SOURCES = Path(__file__).parents[1] / "programs"
