@@ -30,6 +30,10 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 CHAIN = "add table ip x; add chain ip x y { type filter hook prerouting priority -300; }; add rule ip x y"
 
+TAKE_A_DESCRIPTOR = (
+    "import ctypes, os; own = os.pidfd_open(os.getpid()); exit(ctypes.CDLL(None).syscall(438, own, own, 0) < 0)"
+)
+
 
 @pytest.mark.parametrize(
     ("name", "command"),
@@ -49,7 +53,9 @@ CHAIN = "add table ip x; add chain ip x y { type filter hook prerouting priority
             id="tc-redirect",
         ),
         pytest.param(
-            "seccomp-notify", "grep -qw user_notif /proc/sys/kernel/seccomp/actions_avail", id="seccomp-notify"
+            "seccomp-notify",
+            f"grep -qw user_notif /proc/sys/kernel/seccomp/actions_avail && {sys.executable} -c '{TAKE_A_DESCRIPTOR}'",
+            id="seccomp-notify",
         ),
     ],
 )
