@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,12 @@ def watch(lab: Lab) -> Watch:
 
 
 def namespaces() -> set[str]:
-    """The namespaces of all of this process's threads."""
-    return {str((task / "ns/net").readlink()) for task in Path("/proc/self/task").iterdir()}
+    """The namespaces of all of this process's threads that live: one that was joined is still listed for a moment."""
+    found = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str((thread / "ns/net").readlink()))
+    return found
 
 
 def own_namespace() -> str:
