@@ -149,8 +149,8 @@ def test_what_netem_does_agrees_with_its_counters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [STAGE, NETEM])
 def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp_path: Path) -> None:
     with running(ONE_WAY % f"{{delay: 20ms, jitter: 10ms{seed}}}", tmp_path) as lab:
-        send(lab, "a", 120, gap=0.001)
-        send(lab, "b", 20)
+        send(lab, "a", 120, gap=0.005)  # for longer than a busy machine keeps the stage waiting
+        send(lab, "b", 20, gap=0.01)
         settled(lab)
         there, back = ways(lab, "a", "b"), ways(lab, "b", "a")
     assert 0.0098 <= min(there) < 0.016
@@ -163,13 +163,13 @@ def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp
 
 @pytest.mark.parametrize("seed", [STAGE, NETEM])
 def test_reordered_frames_overtake_others(seed: str, tmp_path: Path) -> None:
-    with running(ONE_WAY % f"{{delay: 60ms, reorder: 30%{seed}}}", tmp_path) as lab:
+    with running(ONE_WAY % f"{{delay: 200ms, reorder: 30%{seed}}}", tmp_path) as lab:
         send(lab, "a", 100)
         settled(lab)
         there, counts = ways(lab, "a", "b"), lab.impairments["a:eth0"]
         order = list(numbered(seen(lab, "b", outgoing=False)))
     assert order != sorted(order)
-    early = sum(way < 0.06 for way in there)
+    early = sum(way < 0.2 for way in there)
     assert 15 < early < 45
     assert abs(early - counts.reordered) < 6  # other frames are among those that were counted
 
