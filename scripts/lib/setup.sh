@@ -106,26 +106,30 @@ provide_packages() {
 }
 
 apt_install() {
-    say "installing $*"
-    local log
+    local package log offered=()
     log=$(mktemp)
     apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$@" >>"$log" 2>&1; }
-    [[ " $* " != *' squid '* ]] || squid_service mask
-    # The lists of a fresh machine are empty, those of an old one name files that are gone.
-    apt install -y --no-install-recommends "$@" || { apt update && apt install -y --no-install-recommends "$@"; } ||
-        apt_install_singly "$@" || cat "$log" >&2
-    [[ " $* " != *' squid '* ]] || squid_service unmask
+    # The lists of a fresh machine are empty.
+    for package in "$@"; do
+        is_offered "$package" || { apt update || true; break; }
+    done
+    for package in "$@"; do
+        ! is_offered "$package" || offered+=("$package")
+    done
+    if [[ ${#offered[@]} -gt 0 ]]; then
+        say "installing ${offered[*]}"
+        [[ " ${offered[*]} " != *' squid '* ]] || squid_service mask
+        # Lists may be older than the files that they name.
+        apt install -y --no-install-recommends "${offered[@]}" ||
+            { apt update && apt install -y --no-install-recommends "${offered[@]}"; } || tail -n 30 "$log" >&2
+        [[ " ${offered[*]} " != *' squid '* ]] || squid_service unmask
+    fi
     rm -f "$log"
 }
 
-# One package that this distribution does not have keeps apt from installing all the others.
-apt_install_singly() {
-    local package failed=0
-    for package in "$@"; do
-        apt install -y --no-install-recommends "$package" || failed=1
-    done
-    return "$failed"
-}
+# Does this distribution have a package of that name? One that it does not have keeps apt from installing the others;
+# one that is only a name for another would bring what was not asked for: Ubuntu's `chromium` is snapd and a snap.
+is_offered() { [[ -n $(apt-cache madison "$1" 2>/dev/null) ]]; }
 
 # squid_service mask|unmask: Debian starts a service when it is installed, and at every boot from then on; squid is here
 # to run in a node of a test. Masked before, disabled after; should this be killed between them, a reboot unmasks it.

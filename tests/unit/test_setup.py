@@ -32,13 +32,17 @@ TOOL = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$FAKE/calls"
 [[ ! -e $FAKE/$(basename "$0")-fails ]]
 """
-# `unknown` has the package that makes apt refuse all that it was asked for.
+# `unknown` has a package that apt has no version of: it is not there, or only a name for others.
 APT = """#!/bin/bash
-[[ $* == *update* ]] && exit
+[[ $* == *update* && -e $FAKE/offline ]] && exit 100
+[[ $* == *update* ]] && exec touch "$FAKE/updated"
 all=$* packages=${all##*-recommends }
 echo "apt-get $packages" >>"$FAKE/calls"
 [[ -e $FAKE/apt-fails || " $packages " == *" $(cat "$FAKE/unknown" 2>/dev/null) "* ]] && exit 100
 for package in $packages; do printf '#!/bin/true' >"$FAKE/bin/fake-$package"; chmod +x "$FAKE/bin/fake-$package"; done
+"""
+APT_CACHE = """#!/bin/bash
+[[ ! -e $FAKE/updated || $2 == "$(cat "$FAKE/unknown" 2>/dev/null)" ]] || echo "$2 | 1.0 | somewhere"
 """
 SET_UP = ["bash", "-euo", "pipefail", "-c", "source scripts/lib/setup.sh; set_up"]
 BUILD = ["python -m venv .venv", "requirements-build.lock", "requirements.lock", "--editable ."]
@@ -97,6 +101,7 @@ def clone(tmp_path: Path) -> Clone:
     (made.folder / "testbed/packages.txt").write_text(packages, encoding="utf-8")
     executable(made.fake / "bin/python3", PYTHON)
     executable(made.fake / "bin/apt-get", APT)
+    executable(made.fake / "bin/apt-cache", APT_CACHE)
     executable(made.fake / "bin/id", "#!/bin/sh\ncat $FAKE/uid\n")
     executable(made.fake / "bin/unshare", "#!/bin/true\n")
     for tool in ("ruff", "mypy"):
@@ -239,7 +244,7 @@ def test_root_gets_what_is_missing_from_apt(clone: Clone, when: str) -> None:
         pytest.param("optional", 0, id="optional"),
     ],
 )
-@pytest.mark.parametrize("hindrance", ["uid", "apt-fails"])
+@pytest.mark.parametrize("hindrance", ["uid", "apt-fails", "offline"])
 def test_what_cannot_be_installed_is_listed_before_anything_is_built(
     clone: Clone, when: str, expected: int, hindrance: str
 ) -> None:
@@ -282,8 +287,19 @@ def test_what_one_distribution_does_not_have_does_not_keep_the_rest_away(clone: 
 
     assert run.returncode == 0
     assert "as root: apt install viola\n" in run.stderr
-    tries = ["apt-get viola fiddle"] * 2
-    assert clone.calls() == [*tries, "apt-get viola", "apt-get fiddle", *BUILD]
+    assert clone.calls() == ["apt-get fiddle", *BUILD]
+
+
+def test_nothing_is_said_to_be_installed_where_there_is_nothing_to_install(clone: Clone) -> None:
+    clone.tell("unknown", "viola")
+    need(clone, "optional", "viola")
+
+    run = clone.set_up()
+
+    assert run.returncode == 0
+    assert "installing" not in run.stderr
+    assert "as root: apt install viola\n" in run.stderr
+    assert clone.calls() == BUILD
 
 
 def test_only_the_test_command_installs_what_only_tests_need(clone: Clone) -> None:
