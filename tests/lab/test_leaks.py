@@ -24,7 +24,7 @@ pytestmark = pytest.mark.lab
 
 # A lab whose services fork away from their session, with an impaired link; it says when it stands.
 OWNER = """
-import signal, sys
+import select, signal, sys
 from testbed.lab import Lab
 from testbed.topology_file import loads
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, when the test run is a shell's background job
@@ -39,7 +39,9 @@ links: [{{ends: [{{node: a}}, {{node: r}}], impair: {{delay: 1ms, seed: 1}}}}, {
 ''')
 with Lab(topology) as lab:
     print("up", flush=True)
-    sys.stdin.read()
+    # Not just a read: a signal between Python's last look and the system call would be seen after that only.
+    while not select.select([sys.stdin], [], [], 0.1)[0]:
+        pass
 print(*lab.left_over, flush=True)
 """
 STARTUP = 0.25  # seconds until Python has read the testbed, about
@@ -89,6 +91,13 @@ class Owner:
                     found.append(f"{process.name} {command!r}")
         return found
 
+    def state(self) -> str:
+        """Where it is, for who has to find out why it does not end."""
+        if (code := self.process.poll()) is not None:
+            return f"ended with {code}; {self.processes()}"
+        waits = Path(f"/proc/{self.process.pid}/wchan").read_text(encoding="ascii")
+        return f"waits in {waits}; {self.processes()}"
+
     def folders(self) -> list[Path]:
         """Its temporary folders."""
         return list(Path(tempfile.gettempdir()).glob(f"testbed-{self.name}-*"))
@@ -128,7 +137,7 @@ def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> N
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
     owner.wait_until_up()
     assert len(owner.processes()) >= 3
-    output, _ = owner.process.communicate("")
+    output, _ = owner.process.communicate()
     assert "sleep (pid " in output
     assert owner.processes() == []
     assert owner.folders() == []
@@ -143,7 +152,7 @@ def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
         for namespace in namespaces.values():
             namespace.close()
         owner.process.send_signal(number)
-        assert watch.remaining(PATIENCE) == []
+        assert watch.remaining(PATIENCE) == [], owner.state()
     assert wait_for(owner.processes), owner.processes()
     assert wait_for(owner.folders), owner.folders()
 
