@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
@@ -226,11 +227,12 @@ def down(name: str | None, *, as_json: bool) -> None:
     click.echo(json.dumps(_as_values(record)) if as_json else f"{record.name} is down")
 
 
-@main.command("report", epilog=_examples("report", "report transparent-proxy -o lab.html"))
+@main.command("report", epilog=_examples("report --open", "report transparent-proxy -o lab.html"))
 @_name
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of the lab's directory.")
+@click.option("--open", "is_shown", is_flag=True, help="Show it in the browser: $BROWSER, or the first that is found.")
 @_as_json
-def write_report_of(name: str | None, output: Path | None, *, as_json: bool) -> None:
+def write_report_of(name: str | None, output: Path | None, *, is_shown: bool, as_json: bool) -> None:
     """Write down what a running lab did so far, as HTML.
 
     Which lab: by name, or the only one.
@@ -240,6 +242,8 @@ def write_report_of(name: str | None, output: Path | None, *, as_json: bool) -> 
     with _progress(f"writing the report of {record.name}"):
         path.write_text(registry.ask_report(record), encoding="utf-8")
     click.echo(json.dumps({"lab": record.name, "report": str(path)}) if as_json else path)
+    if is_shown and not webbrowser.open(path.absolute().as_uri()):
+        raise click.ClickException("no browser is there to open the report: BROWSER may name one")
 
 
 @main.command("ls", epilog=_examples("ls", "ls --json"))

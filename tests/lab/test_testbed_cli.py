@@ -127,6 +127,23 @@ def test_a_report_tells_what_a_running_lab_did_so_far(lab: str, tmp_path: Path) 
     assert "→ 10.0.0.2:1: " in elsewhere.read_text()
 
 
+def test_a_report_is_opened_in_the_browser_or_says_that_there_is_none(
+    lab: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {asked}\n')
+    browser.chmod(0o755)
+    report = tmp_path / "lab report.html"
+    monkeypatch.setenv("PATH", "/nowhere")  # so that no other browser is found
+    for found, status, message in ((browser, 0, ""), (tmp_path / "none", 1, "Error: no browser is there")):
+        monkeypatch.setenv("BROWSER", str(found))
+        done = run_testbed("report", lab, "-o", report, "--open")
+        assert (done.returncode, done.stdout) == (status, f"{report}\n"), done.stderr
+        assert done.stderr.startswith(message)
+    assert asked.read_text() == report.as_uri()
+
+
 def test_exec_ends_as_the_command_does_and_names_what_is_not_there(lab: str) -> None:
     assert run_testbed("exec", "--lab", lab, "b", "--", "sh", "-c", "exit 37").returncode == 37
     unknown = run_testbed("exec", "--lab", lab, "c", "--", "true")
