@@ -297,7 +297,9 @@ def shell(lab: str | None, node: str) -> None:
 )
 @_file
 @_logs
-@click.option("--in", "node", help="Run the command in this node instead of here.")
+@click.option(
+    "--in", "node", help="Run the command in this node instead of here.", shell_complete=completion.nodes_of_file
+)
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write what was seen to an HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Of a scenario: print JSON.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)

@@ -1,4 +1,4 @@
-"""What a shell offers behind `testbed`: labs that run, and their nodes.
+"""What a shell offers behind `testbed`: labs that run, their nodes and those of a topology file.
 
 Owns: the candidates, and the script that a shell needs (click's). A completion never fails and never says anything:
 what cannot be found out is not offered.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from testbed import registry
+from testbed.documents import DocumentError
+from testbed.topology_file import load
 
 
 class Shell(StrEnum):
@@ -43,6 +46,18 @@ def nodes(context: click.Context, _parameter: click.Parameter, incomplete: str) 
         (node for record in _records() if chosen in (None, record.name) for node in record.nodes),
         incomplete,
     )
+
+
+def nodes_of_file(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Nodes of the topology file that was named before."""
+    # Behind an option that still wants its value click has taken no argument yet: they are all in `args`.
+    file = context.params.get("file") or next(iter(context.args), None)
+    if file is None:
+        return []
+    try:
+        return _items((node.name for node in load(Path(file)).nodes), incomplete)
+    except (OSError, DocumentError):
+        return []
 
 
 def _records() -> list[registry.Record]:

@@ -317,6 +317,15 @@ def test_labs_and_nodes_are_offered(lab: str) -> None:
     assert lab in completed("exec", "--lab", lab[:-1])
 
 
+def test_the_nodes_of_a_file_are_offered(file: Path, tmp_path: Path) -> None:
+    assert completed("run", str(file), "--in", "") == ["a", "b"]
+    assert completed("run", "--json", str(file), "--in", "b") == ["b"]
+    (tmp_path / "torn.yaml").write_text("nodes: [")
+    for nothing in (str(tmp_path / "torn.yaml"), str(tmp_path / "none.yaml"), str(tmp_path)):
+        assert not any(completed("run", nothing, "--in", ""))
+    assert not any(completed("run", "--in", ""))
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_what_the_shell_evaluates(shell: str) -> None:
     assert "_TESTBED_COMPLETE" in run_testbed("completion", shell).stdout
