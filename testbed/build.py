@@ -25,8 +25,7 @@ from functools import partial
 from itertools import groupby
 from typing import Final
 
-from testbed import rtnetlink, tc
-from testbed.impair import disciplines
+from testbed import impair, rtnetlink, tc
 from testbed.netns import Namespace
 from testbed.plan import (
     AddAddress,
@@ -163,8 +162,8 @@ class Builder:
         match operation:
             case Redirect(_, interface, to):
                 return [tc.ingress(indexes[interface]), tc.redirect(indexes[interface], indexes[to])]
-            case Impair():
-                return _impairing(indexes[operation.interface], operation)
+            case Impair(_, interface, sender, impairment, mtu):
+                return impair.requests(indexes[interface], impairment, sender, mtu)
             case _:
                 return [self._request(node, operation)]
 
@@ -225,16 +224,6 @@ def _place(operation: Operation) -> str | None:
 def _mac(index: int) -> str:
     """A locally administered MAC address, made of an interface index."""
     return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
-
-
-def _impairing(interface: int, operation: Impair) -> list[rtnetlink.Request]:
-    """netem, tbf, or tbf inside netem."""
-    impairment = operation.impairment
-    wanted = disciplines(impairment)
-    requests = [tc.netem(interface, impairment, operation.sender)] if "netem" in wanted else []
-    if impairment.rate is not None:
-        requests.append(tc.tbf(interface, impairment.rate, operation.mtu, inside_netem="netem" in wanted))
-    return requests
 
 
 def _stop_offload(interface: str) -> None:

@@ -31,7 +31,7 @@ from testbed.capture import CaptureError
 from testbed.cli_scenario import play
 from testbed.diagram import diagram
 from testbed.documents import DocumentError
-from testbed.impair import notes
+from testbed.impair import described, notes
 from testbed.journal import LAB, command_line
 from testbed.lab import Lab, LabError, kernel_means
 from testbed.plan import describe, plan
@@ -41,6 +41,7 @@ from testbed.report import write_report
 from testbed.scenario_file import is_scenario, load_scenario
 from testbed.topology import Topology
 from testbed.topology_file import load
+from testbed.topology_reader import impairment as read_impairment
 
 _TROUBLE: Final = (
     DocumentError,
@@ -244,6 +245,42 @@ def write_report_of(name: str | None, output: Path | None, *, is_shown: bool, as
     click.echo(json.dumps({"lab": record.name, "report": str(path)}) if as_json else path)
     if is_shown and not webbrowser.open(path.absolute().as_uri()):
         raise click.ClickException("no browser is there to open the report: BROWSER may name one")
+
+
+@main.command(
+    epilog=_examples(
+        "impair server:eth0 --delay 20ms --loss 1%",
+        "impair server:eth0 --lab lossy-link",
+        "impair a:eth0 --rate 1mbit --json",
+    )
+)
+@_lab
+@click.argument("end", metavar="NODE:INTERFACE")
+@click.option("--delay", help="How long each packet is on its way: 20ms.")
+@click.option("--jitter", help="How far from that it may be, to either side: 5ms.")
+@click.option("--loss", help="Share of packets that get lost: 1%.")
+@click.option("--duplicate", help="Share of packets that arrive twice.")
+@click.option("--reorder", help="Share of packets that are not delayed, and so overtake others.")
+@click.option("--corrupt", help="Share of packets of which one bit is wrong.")
+@click.option("--rate", help="The most that passes in a second: 10mbit.")
+@click.option("--seed", type=click.IntRange(0, 0xFFFFFFFF), help="The choices begin anew, from this seed.")
+@_as_json
+def impair(lab: str | None, end: str, *, as_json: bool, **values: str | int | None) -> None:
+    """Change what an impaired link of a running lab does.
+
+    To what this end sends, from now on; without options nothing is done to it any more. The topology must have an
+    impairment there, be it `impair: {}`.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    impairment, problems = read_impairment(given)
+    for (key,), what in problems:
+        raise click.BadParameter(what, param_hint=f"--{key}")
+    record = registry.find(lab)
+    registry.impair(record, end, impairment)
+    if as_json:
+        click.echo(json.dumps({"lab": record.name, "end": end, "impairment": dataclasses.asdict(impairment)}))
+    else:
+        click.echo(f"{end}: {described(impairment)}")
 
 
 @main.command("ls", epilog=_examples("ls", "ls --json"))

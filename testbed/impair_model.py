@@ -48,9 +48,20 @@ class Direction:
     def __init__(self, impairment: Impairment, label: str) -> None:
         """`label`: the sending interface."""
         self.counts = Counts()
-        self._impairment = impairment
-        self._random = random.Random(f"{impairment.seed or 0} {label}")
+        self.label: Final = label
         self._free_at = 0.0  # when the last bit that waits in front of the rate will have been sent
+        self._begin(impairment, impairment.seed or 0)
+
+    def change(self, impairment: Impairment) -> None:
+        """Do something else to the frames from now on; the choices go on as they were, unless there is a new seed."""
+        if impairment.seed is None:
+            self._impairment = impairment
+        else:
+            self._begin(impairment, impairment.seed)
+
+    def _begin(self, impairment: Impairment, seed: int) -> None:
+        self._impairment = impairment
+        self._random = random.Random(f"{seed} {self.label}")
 
     def departures(self, now: float, frame: bytes) -> list[Departure]:
         """What leaves for a frame that came at `now`: nothing, itself, or two."""

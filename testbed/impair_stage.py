@@ -1,13 +1,15 @@
 """The user-space stage: carries the frames of impaired links from one veth pair to another.
 
 Owns: the packet sockets, the clock and the frames under way, in a namespace of the testbed's own between the nodes.
-Must not choose what becomes of a frame: impair_model.py does. Run by impair.py; ends with the lab.
+Must not choose what becomes of a frame: impair_model.py does. Run by impair.py; ends with the lab. What it does to the
+frames of a direction can be changed meanwhile, by datagrams to a socket that only this namespace has.
 
 Every frame that comes is whole: one segment, its checksum done, since the nodes' ends have no offload (plan.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import mmap
@@ -17,6 +19,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
@@ -25,6 +28,8 @@ from testbed.impair_model import COUNTERS, Direction
 from testbed.topology import Impairment
 
 RECORD: Final = struct.Struct(f"={len(COUNTERS)}Q")  # the counters of a direction in the shared file
+CONTROL: Final = "\0testbed-impairments"  # where changes come; an abstract name is of one network namespace (unix(7))
+DONE: Final = b"done"
 _ETH_P_ALL: Final = 3
 _ETH_P_8021Q: Final = 0x8100
 _PACKET_OUTGOING: Final = 4  # linux/if_packet.h
@@ -66,14 +71,35 @@ def _open(interface: str) -> socket.socket:
     return opened
 
 
-def _carry(lanes: list[_Lane], counters: mmap.mmap) -> None:
+def _open_control() -> socket.socket:
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    opened.bind(CONTROL)
+    opened.setblocking(False)
+    return opened
+
+
+def _change(control: socket.socket, directions: Mapping[str, Direction]) -> None:
+    """Take over the change that came: `{"label": ..., "impairment": ...}`."""
+    data, sender = control.recvfrom(_LARGEST)
+    change = json.loads(data)
+    directions[change["label"]].change(Impairment(**change["impairment"]))
+    with contextlib.suppress(OSError):  # whoever asked is gone
+        control.sendto(DONE, sender)
+
+
+def _carry(lanes: list[_Lane], counters: mmap.mmap, control: socket.socket) -> None:
     """Carry frames until the process is ended."""
     waiting: list[tuple[float, int, _Lane, bytes]] = []
     number = 0  # keeps the order of frames that are due at the same time
     by_socket = {lane.source: (place, lane) for place, lane in enumerate(lanes)}
+    by_label = {lane.direction.label: lane.direction for lane in lanes}
     while True:
         patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        readable, _, _ = select.select(by_socket, (), (), patience)  # poll() and epoll round up to milliseconds
+        # poll() and epoll round up to milliseconds
+        readable, _, _ = select.select((control, *by_socket), (), (), patience)
+        if control in readable:
+            readable.remove(control)
+            _change(control, by_label)
         for source in readable:
             place, lane = by_socket[source]
             frames, dropped = _frames(source)
@@ -135,8 +161,9 @@ def main() -> None:
     ]
     with Path(shared).open("r+b") as file:
         counters = mmap.mmap(file.fileno(), 0)
+    control = _open_control()
     os.write(int(notify), b"\n")
-    _carry(lanes, counters)
+    _carry(lanes, counters, control)
 
 
 if __name__ == "__main__":

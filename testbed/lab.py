@@ -20,7 +20,18 @@ from pyroute2 import IPRoute
 from testbed import capabilities, craft
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
-from testbed.impair import KERNEL_MEANS, LOG, WIRE, Stage, is_impaired, kernel_counts, notes, why_in_user_space
+from testbed.impair import (
+    KERNEL_MEANS,
+    LOG,
+    WIRE,
+    ImpairError,
+    KernelImpairments,
+    Stage,
+    described,
+    is_impaired,
+    notes,
+    why_in_user_space,
+)
 from testbed.impair_model import Counts
 from testbed.journal import LAB, Journal, command_line
 from testbed.netns import Namespace
@@ -28,7 +39,7 @@ from testbed.nsid import Watch
 from testbed.plan import plan
 from testbed.process import Program, ServiceError, environment, sweep, temporary_folder
 from testbed.recorder import Recorder, Recording
-from testbed.topology import ENGINE, Address, Link, Node, Readiness, Service, Topology
+from testbed.topology import ENGINE, Address, Impairment, Node, Readiness, Service, Topology
 from testbed.topology_file import check
 from testbed.undo import Undo
 from testbed.warden_handle import WardenHandle
@@ -169,7 +180,7 @@ class Lab:
         self._engine_options = engine_options or {}
         self._builder = Builder()
         self._stage: Stage | None = None
-        self._in_kernel: dict[int, Link] = {}  # impaired links, by their numbers
+        self._by_kernel: KernelImpairments | None = None
         self._watch: Watch | None = None
         self._warden: WardenHandle | None = None
         self._undo = Undo()
@@ -323,7 +334,9 @@ class Lab:
             (self.directory / LOG).write_text("".join(f"{line}\n" for line in self.notes))
         kernel = kernel_means(self.topology)
         staged = {number: link for number, link in impaired.items() if why_in_user_space(link, kernel)}
-        self._in_kernel = {number: link for number, link in impaired.items() if number not in staged}
+        if len(staged) < len(impaired):
+            by_kernel = {number: link for number, link in impaired.items() if number not in staged}
+            self._by_kernel = KernelImpairments(by_kernel, self._builder.namespace(WIRE), kernel)
         if staged:
             self._stage = Stage(staged, self._builder.namespace(WIRE), self.directory)
             self._undo.add("the impairments", self._stage.program.stop)
@@ -336,9 +349,30 @@ class Lab:
     @property
     def impairments(self) -> Mapping[str, Counts]:
         """What became of the frames that each end of an impaired link sent so far, by its label; ask while it runs."""
-        by_stage = self._stage.counts() if self._stage is not None else {}
-        by_kernel = kernel_counts(self._in_kernel, self._builder.namespace(WIRE)) if self._in_kernel else {}
-        return {**by_stage, **by_kernel}
+        return {label: counts for means in self._means for label, counts in means.counts().items()}
+
+    def impair(self, label: str, impairment: Impairment) -> None:
+        """Change what an impaired link does to what one of its ends, `node:interface`, sends from now on.
+
+        LabError when the topology has no such impaired link (`impair: {}` makes one that does nothing yet), and when
+        the kernel is to do what it cannot.
+        """
+        means = next((means for means in self._means if label in means.labels), None)
+        if means is None:
+            ends = ", ".join(label for means in self._means for label in means.labels) or "none"
+            raise LabError(
+                f"{label} is no end of an impaired link, only {ends}; `impair: {{}}` in a topology makes one"
+            )
+        with self.journal.during(LAB, f"{label}: {described(impairment)}"):
+            try:
+                means.change(label, impairment)
+            except ImpairError as error:
+                raise LabError(str(error)) from error
+
+    @property
+    def _means(self) -> list[Stage | KernelImpairments]:
+        """What impairs its links."""
+        return [means for means in (self._stage, self._by_kernel) if means is not None]
 
     def _start_engine(self, node: Node) -> None:
         """Start a node's engine with its ruleset in a file, as a user would."""

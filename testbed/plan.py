@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from testbed.impair import WIRE, disciplines, is_impaired, why_in_user_space, wire_ends
+from testbed.impair import WIRE, described, disciplines, is_impaired, why_in_user_space, wire_ends
 from testbed.routes import routes
 from testbed.topology import BRIDGE, Address, End, Gateway, Impairment, Kind, Link, Network, Node, Topology
 
@@ -158,7 +158,7 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
             return f"{node}: {interface} goes to {to}"
         case Impair(node, interface, sender, impairment):
             means = " and ".join(disciplines(impairment))
-            return f"{node}: {means} on {interface} for what {sender} sends: {_done(impairment)}"
+            return f"{node}: {means} on {interface} for what {sender} sends: {described(impairment)}"
         case StopOffload(node, interface):
             return f"{node}: no offload on {interface}"
         case JoinBridge(node, interface):
@@ -181,12 +181,7 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
 
 def _impaired(end: End) -> str:
     """What the stage is to do to what an end sends."""
-    return f", user-space stage for what {end.label} sends: {_done(end.impair)}" if end.impair is not None else ""
-
-
-def _done(impairment: Impairment) -> str:
-    """What is done to packets; without a word of what is not."""
-    return " ".join(f"{key}={value:.10g}" for key, value in asdict(impairment).items() if value)
+    return f", user-space stage for what {end.label} sends: {described(end.impair)}" if end.impair is not None else ""
 
 
 def _listed(settings: Sequence[tuple[str, str]]) -> str:

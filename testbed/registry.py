@@ -19,16 +19,17 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
-from testbed.lab import Lab
+from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
-from testbed.process import start_time
+from testbed.process import ServiceError, start_time
 from testbed.report import report
-from testbed.topology import Topology
+from testbed.topology import Impairment, Topology
 
 _PATIENCE: Final = 15.0  # seconds for a lab to end
-_REPORT_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
+_ANSWER_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
+_QUESTION_PATIENCE: Final = 5.0  # seconds for somebody to ask
 _DONE: Final = b"+"  # what a keeper's answer begins with
 _FAILED: Final = b"-"
 LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
@@ -148,25 +149,42 @@ def down(record: Record) -> None:
 
 def ask_report(record: Record) -> str:
     """What a running lab did so far, as HTML (report.py); RegistryError when its keeper cannot tell."""
+    return _ask(record, {"want": "report"})
+
+
+def impair(record: Record, label: str, impairment: Impairment) -> None:
+    """Have a running lab change what an impaired link does (Lab.impair); RegistryError when it cannot."""
+    _ask(record, {"want": "impair", "end": label, "impairment": asdict(impairment)})
+
+
+def _ask(record: Record, question: Mapping[str, object]) -> str:
+    """A keeper's answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(_REPORT_PATIENCE)
+        asking.settimeout(_ANSWER_PATIENCE)
         try:
             asking.connect(str(_socket(record.name)))
-            answer = b"".join(iter(lambda: asking.recv(1 << 16), b""))
+            asking.sendall(json.dumps(question).encode())
+            asking.shutdown(socket.SHUT_WR)
+            answer = _everything(asking)
         except TimeoutError as error:
             raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not answer") from error
         except OSError as error:
             # A lab that a test left running has no captures any more, and the test wrote what there was.
-            raise RegistryError(f"{record.name} cannot be asked for a report; see {record.directory}") from error
+            raise RegistryError(f"{record.name} cannot be asked; see {record.directory}") from error
     verdict, text = answer[:1], answer[1:].decode()
     if verdict != _DONE:
-        raise RegistryError(f"no report of {record.name}: {text or 'its keeper ended'}")
+        raise RegistryError(f"{record.name}: {text or 'its keeper ended'}")
     return text
+
+
+def _everything(sock: socket.socket) -> bytes:
+    """What comes until the other end has no more to say."""
+    return b"".join(iter(lambda: sock.recv(1 << 16), b""))
 
 
 @contextlib.contextmanager
 def _listening(name: str) -> Iterator[socket.socket]:
-    """Where a keeper is asked for reports; only this user can reach it."""
+    """Where a keeper is asked; only this user can reach it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _socket(name).unlink(missing_ok=True)  # of a keeper that was killed
         listener.bind(str(_socket(name)))
@@ -178,13 +196,24 @@ def _answer(listener: socket.socket, lab: Lab) -> None:
     """Wait for a question, and answer it."""
     asked, _ = listener.accept()
     with asked:
-        asked.settimeout(_REPORT_PATIENCE)
-        try:
-            answer = _DONE + report(lab).encode(errors="replace")
-        except Exception as error:
-            answer = _FAILED + repr(error).encode(errors="replace")
+        asked.settimeout(_QUESTION_PATIENCE)
         with contextlib.suppress(OSError):  # who asked is gone, or does not listen
+            question = json.loads(_everything(asked))
+            try:
+                answer = _DONE + _answer_to(question, lab).encode(errors="replace")
+            except (LabError, ServiceError) as error:
+                answer = _FAILED + str(error).encode(errors="replace")
+            except Exception as error:
+                answer = _FAILED + repr(error).encode(errors="replace")
+            asked.settimeout(_ANSWER_PATIENCE)
             asked.sendall(answer)
+
+
+def _answer_to(question: Mapping[str, Any], lab: Lab) -> str:
+    if question["want"] == "report":
+        return report(lab)
+    lab.impair(question["end"], Impairment(**question["impairment"]))
+    return ""
 
 
 def _wait_gone(record: Record) -> None:
@@ -203,7 +232,7 @@ class _Down(BaseException):
 
 
 def _keep(topology: Topology, logs: Path, telling: int) -> None:
-    """The keeper: leave the command's session, build the lab, say so, write reports until SIGTERM. Never returns."""
+    """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns."""
     os.setsid()
     if os.fork():
         os._exit(0)

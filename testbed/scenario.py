@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from testbed.expect import WITHIN
-from testbed.topology import Service, Topology
+from testbed.impair import described
+from testbed.topology import Impairment, Service, Topology
 
 
 class Tool(StrEnum):
@@ -149,6 +150,18 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeLinks:
+    """Change what impaired links do to what a node sends, by its interfaces."""
+
+    node: str
+    impairments: Mapping[str, Impairment]
+
+    def __str__(self) -> str:
+        each = (f"{interface} {described(impairment)}" for interface, impairment in self.impairments.items())
+        return f"change in {self.node}: impair {', '.join(each)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """End a program."""
 
@@ -161,7 +174,7 @@ class Kill:
 
 
 Expectation = Expect | ExpectNever | ExpectSame | ExpectEngine
-Action = Start | Run | Fetch | Send | Change | Kill
+Action = Start | Run | Fetch | Send | Change | ChangeLinks | Kill
 Step = Action | Expectation
 
 

@@ -15,10 +15,12 @@ from typing import Any, Final, TypeVar
 
 from testbed.documents import Document, DocumentError, Problem, Where, shape_problems
 from testbed.expect import DURING, WITHIN
+from testbed.impair import is_impaired
 from testbed.layers import MatchError, packet_of
 from testbed.matching import matcher_of
 from testbed.scenario import (
     Change,
+    ChangeLinks,
     Ending,
     Expect,
     ExpectEngine,
@@ -35,7 +37,7 @@ from testbed.scenario import (
 )
 from testbed.topology import ENGINE, Topology
 from testbed.topology_file import load, understand
-from testbed.topology_reader import duration, service
+from testbed.topology_reader import duration, impairment, service
 
 SCHEMA: Final = Path(__file__).with_name("scenario.schema.json")
 _STEPS: Final = "steps"  # the key that no topology has
@@ -161,11 +163,25 @@ class _Reader:
         return ExpectEngine(value["in"], counters, value.get("connections"), value.get("sockrefs"), within)
 
     def change(self, where: Where, value: Mapping[str, Any]) -> Step:
+        if "impair" in value:
+            return self._change_links((*where, "impair"), value["in"], value["impair"])
         tool = next(each for each in Tool if each in value)
         if tool is Tool.TPROXY:
             self._require_engine((*where, "in"), value["in"])
         words = self._try((*where, tool.value), shlex.split, value[tool]) or []
         return Change(value["in"], tool, tuple(words))
+
+    def _change_links(self, where: Where, node: str, value: Mapping[str, Any]) -> Step:
+        ends = [end for link in self._topology.links if is_impaired(link) for end in link.ends]
+        impaired = [end.interface for end in ends if end.node == node]
+        found = {}
+        for interface, written in value.items():
+            if interface not in impaired:
+                what = f"{node}:{interface} is no end of an impaired link: `impair: {{}}` in the topology makes it one"
+                self.problems.append(((*where, interface), what))
+            found[interface], problems = impairment(written)
+            self.problems += [((*where, interface, *inner), what) for inner, what in problems]
+        return ChangeLinks(node, found)
 
     def kill(self, where: Where, value: Mapping[str, Any]) -> Step:
         node, started = value["in"], (name for at, name in self._started if at == value["in"])

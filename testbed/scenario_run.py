@@ -24,6 +24,7 @@ from testbed.process import ServiceError
 from testbed.scenario import (
     Action,
     Change,
+    ChangeLinks,
     Ending,
     Expect,
     Expectation,
@@ -118,6 +119,9 @@ class _Runner:
                     self._lab[node].send(packet_of(fields))
             case Change():
                 self._change(step)
+            case ChangeLinks(node, impairments):
+                for interface, impairment in impairments.items():
+                    self._lab.impair(f"{node}:{interface}", impairment)
             case Kill():
                 self._kill(step)
             case _:

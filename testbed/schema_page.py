@@ -31,7 +31,7 @@ _SCENARIO: Final = """\
 
 A scenario is a lab as a regression test, without Python: a topology, and steps that are done in it one after the other.
 `testbed run FILE` prints a line a step and ends with 0 only if all came out as they should; the first that fails is the
-last. Mistakes in the file are told before anything is built: `testbed validate FILE`. `topologies/scenarios/` has three
+last. Mistakes in the file are told before anything is built: `testbed validate FILE`. `topologies/scenarios/` has four
 to begin with, and [tutorial.md](tutorial.md) an example.
 
 This page is made from `testbed/scenario.schema.json`.

@@ -35,7 +35,7 @@ _TBF: Final = struct.Struct("=12s12xIII")  # struct tc_tbf_qopt: rate, peak rate
 _MIRRED: Final = struct.Struct("=IIiiiiI")  # index, capab, action, refcnt, bindcnt, eaction, interface
 _U32_SELECTOR: Final = struct.Struct("=BBBxHHhhI")  # flags, offshift, nkeys, offmask, off, offoff, hoff, hmask
 
-_RTM_NEWQDISC, _RTM_GETQDISC, _RTM_NEWTFILTER = 36, 38, 44
+_RTM_NEWQDISC, _RTM_DELQDISC, _RTM_GETQDISC, _RTM_NEWTFILTER = 36, 37, 38, 44
 _TCA_KIND, _TCA_OPTIONS, _TCA_STATS2 = 1, 2, 7
 _TCA_STATS_BASIC, _TCA_STATS_QUEUE = 1, 3  # linux/gen_stats.h
 _TCA_NETEM_REORDER, _TCA_NETEM_CORRUPT, _TCA_NETEM_LATENCY64, _TCA_NETEM_JITTER64 = 3, 4, 10, 11
@@ -92,6 +92,11 @@ def tbf(interface: int, rate: int, mtu: int, *, inside_netem: bool) -> Request:
     options += attribute(_TCA_TBF_RATE64, struct.pack("=Q", each_second)) if each_second > _LARGEST_32 else b""
     options += attribute(_TCA_TBF_BURST, struct.pack("=I", burst))
     return _discipline(interface, _TBF_HANDLE, _NETEM_CLASS if inside_netem else _ROOT, "tbf", options)
+
+
+def remove(interface: int) -> Request:
+    """Take away what impairs an interface; ENOENT when nothing does."""
+    return Request(_RTM_DELQDISC, 0, _TCMSG.pack(0, interface, 0, _ROOT, 0))
 
 
 def ingress(interface: int) -> Request:

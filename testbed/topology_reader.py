@@ -135,22 +135,8 @@ class _Reader:
         return tuple(address for address in found if address is not None)
 
     def _impairment(self, where: Where, value: Mapping[str, Any]) -> Impairment:
-        def quantity(key: str, units: Mapping[str, float]) -> float:
-            text = value.get(key)
-            return 0.0 if text is None else self._try((*where, key), lambda each: _quantity(each, units), text) or 0.0
-
-        percent = {"%": 0.01}
-        found = Impairment(
-            delay=quantity("delay", _DURATIONS),
-            jitter=quantity("jitter", _DURATIONS),
-            loss=quantity("loss", percent),
-            duplicate=quantity("duplicate", percent),
-            reorder=quantity("reorder", percent),
-            corrupt=quantity("corrupt", percent),
-            rate=round(quantity("rate", _RATES)) or None,
-            seed=value.get("seed"),
-        )
-        self.problems += [((*where, key), what) for key, what in _contradictions(found)]
+        found, problems = impairment(value)
+        self.problems += [((*where, *inner), what) for inner, what in problems]
         return found
 
     def _try(self, where: Where, read_text: Callable[[str], _Value], text: str) -> _Value | None:
@@ -175,6 +161,31 @@ def service(name: str, value: Mapping[str, Any]) -> Service:
     )
     command = tuple(str(part) for part in value["command"])
     return Service(name, command, readiness, _TPROXY_CALLS[value.get("tproxy", False)])
+
+
+def impairment(value: Mapping[str, Any]) -> tuple[Impairment, list[Problem]]:
+    """An impairment, from a mapping that keeps to the schema's `impairment`, without what could not be read."""
+    problems: list[Problem] = []
+
+    def quantity(key: str, units: Mapping[str, float]) -> float:
+        try:
+            return _quantity(value[key], units) if key in value else 0.0
+        except ValueError as error:
+            problems.append(((key,), str(error)))
+            return 0.0
+
+    percent = {"%": 0.01}
+    found = Impairment(
+        delay=quantity("delay", _DURATIONS),
+        jitter=quantity("jitter", _DURATIONS),
+        loss=quantity("loss", percent),
+        duplicate=quantity("duplicate", percent),
+        reorder=quantity("reorder", percent),
+        corrupt=quantity("corrupt", percent),
+        rate=round(quantity("rate", _RATES)) or None,
+        seed=value.get("seed"),
+    )
+    return found, problems + [((key,), what) for key, what in _contradictions(found)]
 
 
 def duration(text: str) -> float:
@@ -203,12 +214,10 @@ def _quantity(text: str, units: Mapping[str, float]) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def _contradictions(impairment: Impairment) -> list[tuple[str, str]]:
-    found = [
-        (key, "more than 100 %") for key in ("loss", "duplicate", "reorder", "corrupt") if getattr(impairment, key) > 1
-    ]
-    if impairment.jitter > impairment.delay:
+def _contradictions(made: Impairment) -> list[tuple[str, str]]:
+    found = [(key, "more than 100 %") for key in ("loss", "duplicate", "reorder", "corrupt") if getattr(made, key) > 1]
+    if made.jitter > made.delay:
         found.append(("jitter", "more than the delay: a packet cannot arrive before it was sent"))
-    if impairment.reorder and not impairment.delay:
+    if made.reorder and not made.delay:
         found.append(("reorder", "a packet can only overtake others when there is a delay"))
     return found

@@ -22,12 +22,13 @@ import pytest
 from traffic_checks import gets_through
 
 from testbed import registry
+from testbed.capabilities import Capabilities
 from testbed.frames import Frame
 from testbed.impair import LOG
 from testbed.impair_model import Direction
 from testbed.keeper import hand_over
-from testbed.lab import Lab
-from testbed.process import start_time
+from testbed.lab import Lab, LabError
+from testbed.process import ServiceError, start_time
 from testbed.topology import Impairment
 from testbed.topology_file import load, loads
 from testbed.traffic import content
@@ -313,6 +314,113 @@ links:
         arrived = seen(lab, "c", outgoing=False)
     assert max(len(frame.data) for frame in arrived) == 1514
     assert not any(frame.half_checksum for frame in arrived)
+
+
+# ---- changes while the lab runs ----
+
+NOTHING_YET = pytest.param("{}", id="nothing yet")
+
+
+def arrive(lab: Lab) -> int:
+    """How many of a hundred frames that a sends arrive at b."""
+    before = sum(frame.data[12:14] == TYPE for frame in seen(lab, "b", outgoing=False))
+    send(lab, "a", 100)
+    settled(lab)
+    return sum(frame.data[12:14] == TYPE for frame in seen(lab, "b", outgoing=False)) - before
+
+
+@pytest.mark.parametrize("impairment", [NOTHING_YET, pytest.param("{loss: 100%, seed: 7}", id="user space")])
+def test_what_a_link_does_is_changed_for_the_next_frame(impairment: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % impairment, tmp_path) as lab:
+        assert arrive(lab) == (100 if impairment == "{}" else 0)
+        lab.impair("a:eth0", Impairment(loss=0.5))
+        assert 25 < arrive(lab) < 75
+        lab.impair("a:eth0", Impairment(loss=1))
+        lost = lab.impairments["a:eth0"].lost
+        assert arrive(lab) == 0
+        assert lab.impairments["a:eth0"].lost - lost >= 100
+        lab.impair("a:eth0", Impairment())
+        assert arrive(lab) == 100
+        lab.impair("b:eth0", Impairment(delay=0.05))
+        send(lab, "b", 10)
+        settled(lab)
+        assert min(ways(lab, "b", "a")) >= 0.0498
+    entries = [entry.what for entry in lab.journal.entries]
+    assert "a:eth0: loss=0.5" in entries
+    assert "a:eth0: nothing" in entries
+
+
+@NEEDS_TBF
+@pytest.mark.parametrize("before", ["{rate: 1mbit}", pytest.param("{delay: 1ms}", marks=NEEDS_NETEM)])
+def test_the_kernel_is_told_of_a_change_and_nothing_that_was_counted_is_forgotten(before: str, tmp_path: Path) -> None:
+    with running(ONE_WAY % before, tmp_path) as lab:
+        for _ in range(6):
+            send(lab, "a", 60, size=1500)
+        settled(lab)
+        earlier = lab.impairments["a:eth0"]
+        lab.impair("a:eth0", Impairment(rate=4_000_000))  # tbf in the place of tbf, or of netem
+        send(lab, "a", 100, size=1000)
+        settled(lab)
+        arrived = numbered(seen(lab, "b", outgoing=False)[-100:])
+        rates = [(place - 1) * 8e12 / (arrived[place].time_ns - arrived[0].time_ns) for place in range(50, 100)]
+        assert max(rates) == pytest.approx(4e6, rel=0.15)
+        lab.impair("a:eth0", Impairment())
+        assert arrive(lab) == 100
+        counts = lab.impairments["a:eth0"]
+    assert counts.overflowed == earlier.overflowed
+    assert 0 <= counts.seen - earlier.seen - 200 < 6
+    assert counts.duplicated == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "label", "wanted", "complaint"),
+    [
+        pytest.param("{}", "c:eth0", Impairment(), "is no end of an impaired link, only a:eth0, b:eth0", id="end"),
+        pytest.param("{rate: 1mbit}", "a:eth0", Impairment(seed=1), "takes no seed", marks=NEEDS_TBF, id="seed"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(topology: str, label: str, wanted: Impairment, complaint: str) -> None:
+    with Lab(loads(ONE_WAY % topology), capture=False) as lab, pytest.raises(LabError, match=complaint):
+        lab.impair(label, wanted)
+
+
+def test_a_kernel_without_netem_says_how_to_have_it_done(capabilities: Capabilities) -> None:
+    if capabilities.has("netem") or not capabilities.has("tbf"):
+        pytest.skip("needs a kernel with tbf and without netem")
+    with Lab(loads(ONE_WAY % "{rate: 1mbit}"), capture=False) as lab:
+        with pytest.raises(LabError, match=r"this kernel has no netem: `impair: \{\}` in the topology"):
+            lab.impair("a:eth0", Impairment(loss=0.1))
+        lab.impair("a:eth0", Impairment(rate=2_000_000))
+
+
+def test_a_stage_that_was_killed_is_told(tmp_path: Path) -> None:
+    def change_after_the_end() -> None:
+        with running(ONE_WAY % "{}", tmp_path) as lab:
+            os.kill(stage_of(tmp_path), signal.SIGKILL)
+            lab.impair("a:eth0", Impairment(loss=1))
+
+    with pytest.raises(ServiceError, match="the impairments was ended by SIGKILL"):
+        change_after_the_end()
+
+
+def test_a_running_lab_is_told_by_command(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "lab.yaml"
+    file.write_text((ONE_WAY % "{}").replace("impaired", name))
+    assert run_testbed("up", str(file), "--directory", str(tmp_path / "logs")).returncode == 0
+    try:
+        told = run_testbed("impair", "--lab", name, "a:eth0", "--loss", "100%", "--seed", "3", "--json")
+        assert told.returncode == 0, told.stderr
+        assert json.loads(told.stdout)["impairment"]["loss"] == 1
+        with registry.find(name).namespace("a") as a, registry.find(name).namespace("b") as b:
+            assert not gets_through(a, b, "10.0.0.2")
+            assert run_testbed("impair", "--lab", name, "a:eth0").stdout == "a:eth0: nothing\n"
+            assert gets_through(a, b, "10.0.0.2")
+        wrong = run_testbed("impair", "--lab", name, "a:eth0", "--loss", "1")
+        assert (wrong.returncode, "'1' is no number followed by %" in wrong.stderr) == (2, True), wrong.stderr
+        nowhere = run_testbed("impair", "--lab", name, "c:eth0")
+        assert (nowhere.returncode, "c:eth0 is no end of an impaired link" in nowhere.stderr) == (1, True)
+    finally:
+        run_testbed("down", name)
 
 
 # ---- who does it, and what is left ----

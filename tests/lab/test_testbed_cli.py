@@ -334,7 +334,7 @@ def test_completion_prints_what_the_shell_evaluates(shell: str) -> None:
 def test_each_command_has_its_help_with_an_example_exit_codes_and_json_where_it_prints_results() -> None:
     runner = CliRunner()
     assert "\b" not in runner.invoke(main, ["--help"]).stdout
-    commands = ["validate", "plan", "diagram", "up", "down", "report", "ls", "exec", "shell", "run"]
+    commands = ["validate", "plan", "diagram", "up", "down", "report", "impair", "ls", "exec", "shell", "run"]
     for command in commands:
         text = runner.invoke(main, [command, "--help"], prog_name="testbed").stdout
         assert f"  testbed {command}" in text.partition("Examples:")[2]

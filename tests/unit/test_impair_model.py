@@ -70,6 +70,25 @@ def test_a_rate_spaces_frames_and_its_full_queue_drops_them() -> None:
     assert direction.counts.overflowed == 74
 
 
+def test_after_a_change_the_same_choices_are_made_for_what_happens_now() -> None:
+    changed, fresh = Direction(Impairment(loss=0.9), "a:eth0"), Direction(EVERYTHING, "a:eth0")
+    for frame in FRAMES[:100]:
+        changed.departures(0, frame)
+        fresh.departures(0, frame)
+    changed.change(EVERYTHING)
+    assert [changed.departures(0, frame) for frame in FRAMES[100:]] == [
+        fresh.departures(0, frame) for frame in FRAMES[100:]
+    ]
+    assert changed.counts.seen == 200
+
+
+def test_a_change_with_a_seed_begins_anew() -> None:
+    changed, seeded = Direction(EVERYTHING, "a:eth0"), replace(EVERYTHING, seed=5)
+    changed.departures(0, FRAMES[0])
+    changed.change(seeded)
+    assert [changed.departures(number * 0.001, frame) for number, frame in enumerate(FRAMES)] == sent(seeded)
+
+
 def test_counts_tell_what_happened() -> None:
     direction = Direction(EVERYTHING, "a:eth0")
     out = [direction.departures(0, frame) for frame in FRAMES]

@@ -8,6 +8,7 @@ import pytest
 
 from testbed.scenario import (
     Change,
+    ChangeLinks,
     Ending,
     Expect,
     ExpectEngine,
@@ -21,7 +22,7 @@ from testbed.scenario import (
     Tool,
 )
 from testbed.scenario_file import ScenarioError, is_scenario, load_scenario
-from testbed.topology import Readiness, Service
+from testbed.topology import Impairment, Readiness, Service
 from testbed.topology_file import TopologyError
 
 LAB = """\
@@ -29,7 +30,7 @@ name: lab
 nodes:
   a: {services: {web: {command: [serve]}}}
   b: {engine: {}}
-links: [{ends: [{node: a}, {node: b}]}]
+links: [{ends: [{node: a}, {node: b}]}, {ends: [{node: a}, {node: b}], impair: {}}]
 """
 STEPS = """\
 name: all-steps
@@ -48,6 +49,7 @@ steps:
   - engine: {in: b, counters: {PREROUTING.redirect: 2}, connections: 0, sockrefs: 1}
   - change: {in: b, tproxy: -F PREROUTING}
   - change: {in: a, ip: link set eth0 down}
+  - change: {in: b, impair: {eth1: {loss: 10%, delay: 5ms}}}
   - kill: {in: a, name: echo}
   - kill: {in: b, name: tproxyd, signal: KILL}
 """
@@ -77,6 +79,7 @@ def test_steps_become_values(tmp_path: Path) -> None:
         ExpectEngine("b", {("PREROUTING", "redirect"): 2}, 0, 1),
         Change("b", Tool.TPROXY, ("-F", "PREROUTING")),
         Change("a", Tool.IP, ("link", "set", "eth0", "down")),
+        ChangeLinks("b", {"eth1": Impairment(delay=0.005, loss=0.1)}),
         Kill("a", "echo"),
         Kill("b", "tproxyd", Ending.KILL),
     )
@@ -102,7 +105,7 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param("kill: {in: a, name: wep}", "no program 'wep'; did you mean 'web'?", id="program"),
         pytest.param("start: {in: a, name: echo}", "no service 'echo'", id="service"),
         pytest.param("start: {in: a, name: web, ready: notify}", "start.ready: only with a command", id="ready"),
-        pytest.param('expect: {at: "a:eth1"}', "no captured interface 'a:eth1'; did you mean 'a:eth0'", id="point"),
+        pytest.param('expect: {at: "a:eth2"}', "no captured interface 'a:eth2'; did you mean 'a:eth1'", id="point"),
         pytest.param('expect: {at: "a:eth0", match: {tcp.dprt: 1}}', "did you mean dport?", id="field"),
         pytest.param('expect: {at: "a:eth0", changed: [ip.src]}', "changed: only with two points", id="changed"),
         pytest.param('expect: {at: "a:eth0", never: 1s, count: 2}', "count: not with never", id="never"),
@@ -117,6 +120,10 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param("engine: {in: b, counters: {redirect: 1}}", "write hook.reason", id="counter"),
         pytest.param("change: {in: a, tproxy: -F}", "a has no engine", id="no table"),
         pytest.param('change: {in: a, ip: "link \'x"}', "change.ip: No closing quotation", id="words"),
+        pytest.param("change: {in: a, impair: {eth0: {}}}", "impair.eth0: a:eth0 is no end of an", id="unimpaired"),
+        pytest.param("change: {in: a, impair: {eth1: {los: 1%}}}", "did you mean 'loss'?", id="impairment"),
+        pytest.param("change: {in: a, impair: {eth1: {loss: 1}}}", "eth1.loss: 1 is not of type", id="loss"),
+        pytest.param("change: {in: a, impair: {eth1: {loss: 200%}}}", "eth1.loss: more than 100 %", id="much loss"),
         pytest.param("{}", "steps[0]", id="nothing"),
     ],
 )
