@@ -15,11 +15,12 @@ import contextlib
 import fcntl
 import os
 import select
+import shlex
 import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -40,16 +41,19 @@ from testbed.plan import (
     NetlinkOperation,
     Operation,
     Redirect,
+    RunCommand,
     SetUp,
     StopOffload,
     WaitReady,
 )
+from testbed.process import environment
 from testbed.topology import BRIDGE
 
 _SIOCETHTOOL: Final = 0x8946
 _ETHTOOL_STXCSUM: Final = 0x17  # linux/ethtool.h
 _MAKERS: Final = 2  # threads that make namespaces; more gain nothing
 _PATIENCE: Final = 10.0  # seconds until an interface must be up
+_COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _RTMGRP_LINK: Final = 0x1
 _BRIDGE_INDEX: Final = 9  # links begin at 10
 
@@ -125,8 +129,10 @@ class Builder:
                 _wait_ready(node, self.sites[node])
             case Configure(_, settings):
                 self.namespace(node).call(partial(_configure, node, settings))
-            case LoadRules():
-                self._load_rules(operation)
+            case RunCommand(_, command):
+                self._run(node, command, f"the command {shlex.join(command)!r} of {node} failed")
+            case LoadRules(_, command, text):
+                self._run(node, command, f"{command[0]} refused the rules of {node}", text)
             case _:
                 raise TypeError(f"{operation} is a matter of netlink")
 
@@ -147,14 +153,26 @@ class Builder:
             with self.namespace(operation.node).entered():
                 _configure(operation.node, operation.settings)
 
-    def _load_rules(self, operation: LoadRules) -> None:
-        with self.namespace(operation.node).entered():
-            result = subprocess.run(
-                operation.command, input=operation.text, text=True, capture_output=True, check=False
-            )
+    def _run(self, node: str, command: Sequence[str], failed: str, text: str = "") -> None:
+        """Run a command to its end, with a text to read; BuildError, `failed` and what it said, when it fails."""
+        try:
+            with self.namespace(node).entered():
+                result = subprocess.run(
+                    command,
+                    input=text,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    timeout=_COMMAND_PATIENCE,
+                    check=False,
+                )
+        except OSError as error:
+            raise BuildError(f"{failed}: {command[0]}: {error.strerror}") from error
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{failed}: it took longer than {error.timeout:g} s") from error
         if result.returncode:
-            said = result.stderr.strip()
-            raise BuildError(f"{operation.command[0]} refused the rules of {operation.node}: {said}")
+            raise BuildError(f"{failed}: {result.stdout.strip() or f'exit status {result.returncode}'}")
 
     def _requests(self, node: str, operation: Operation) -> list[rtnetlink.Request]:
         """The netlink messages of an operation."""

@@ -6,6 +6,7 @@ Owns: the order, and the settings that every namespace gets. Must not do anythin
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
@@ -133,6 +134,14 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True)
+class RunCommand:
+    """Run a command of the user's in a node."""
+
+    node: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadRules:
     """Load the user's rules of a node with a command that reads them."""
 
@@ -142,7 +151,7 @@ class LoadRules:
 
 
 NetlinkOperation = MakeBridge | MakeLink | Redirect | Impair | JoinBridge | AddAddress | SetUp | AddRoute
-Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | LoadRules
+Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | RunCommand | LoadRules
 
 
 def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of operation
@@ -173,6 +182,8 @@ def describe(operation: Operation) -> str:  # noqa: C901 one line a kind of oper
             return f"{node}: wait until it is ready"
         case Configure(node, settings):
             return f"{node}: {_listed(settings)}"
+        case RunCommand(node, command):
+            return f"{node}: {shlex.join(command)}"
         case LoadRules(node, command, text):
             return f"{node}: {' '.join(command)} with {len(text.splitlines())} lines of the user's"
         case _:
@@ -258,6 +269,7 @@ def _last_touches(topology: Topology, node: Node) -> list[Operation]:
     )
     return [
         *([Configure(node.name, late)] if late else []),
+        *(RunCommand(node.name, command) for command in node.setup),
         *(LoadRules(node.name, command, text) for command, text in rules if text),
     ]
 

@@ -103,6 +103,7 @@ class Node:
     kind: Kind = Kind.HOST
     routes: tuple[Route, ...] = ()
     sysctls: tuple[tuple[str, str], ...] = ()
+    setup: tuple[tuple[str, ...], ...] = ()  # commands that are run once its interfaces are ready
     services: tuple[Service, ...] = ()
     engine: EngineSpec | None = None
     nft: str = ""  # the user's own rules, as `nft -f` takes them

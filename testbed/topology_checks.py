@@ -171,8 +171,9 @@ def _segment_problems(topology: Topology) -> Iterator[Problem]:
 def _capture_problems(topology: Topology) -> Iterator[Problem]:
     known = {end.label for link in topology.links for end in link.ends}
     known |= {f"{node.name}:lo" for node in topology.nodes}
+    makers = {node.name for node in topology.nodes if node.setup}  # of interfaces that only arming a capture can find
     for place, label in enumerate(topology.captured()):
-        if label not in known:
+        if label not in known and label.partition(":")[0] not in makers:
             yield ("capture", place), f"there is no interface {label!r}{_nearest(label, known)}"
 
 

@@ -74,12 +74,14 @@ class _Reader:
     def _node(self, name: str, value: Mapping[str, Any]) -> Node:
         where = ("nodes", name)
         routes = [self._route((*where, "routes", at), route) for at, route in enumerate(value.get("routes", ()))]
+        setup = [self._try((*where, "setup", at), _words, command) for at, command in enumerate(value.get("setup", ()))]
         engine = value.get("engine")
         return Node(
             name=name,
             kind=Kind(value.get("kind", "host")),
             routes=tuple(route for route in routes if route is not None),
             sysctls=tuple((key, str(setting)) for key, setting in value.get("sysctls", {}).items()),
+            setup=tuple(tuple(words) for words in setup if words is not None),
             services=tuple(service(key, each) for key, each in value.get("services", {}).items()),
             engine=self._engine((*where, "engine"), engine) if engine is not None else None,
             nft=value.get("nft", ""),
@@ -191,6 +193,13 @@ def impairment(value: Mapping[str, Any]) -> tuple[Impairment, list[Problem]]:
 def duration(text: str) -> float:
     """Seconds, from a number with its unit; ValueError when it is none."""
     return _quantity(text, _DURATIONS)
+
+
+def _words(command: str) -> list[str]:
+    words = shlex.split(command)
+    if not words:
+        raise ValueError(f"there is no command in {command!r}")
+    return words
 
 
 def _words_of_rule(rule: str) -> list[str]:

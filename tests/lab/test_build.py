@@ -17,7 +17,7 @@ from traffic_checks import gets_through
 from testbed.build import Builder, BuildError
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.plan import AddAddress, LoadRules, MakeNamespace, Operation, plan
+from testbed.plan import AddAddress, LoadRules, MakeNamespace, Operation, RunCommand, plan
 from testbed.shapes import chain
 from testbed.topology import Topology
 from testbed.topology_file import loads
@@ -124,12 +124,19 @@ def refused_setting() -> list[Operation]:
     return [MakeNamespace("a", ()), MakeNamespace("b", (("net.ipv4.no_such_setting", "1"),))]
 
 
+def failed_command(*command: str) -> Callable[[], list[Operation]]:
+    return lambda: [MakeNamespace("a", ()), RunCommand("a", command)]
+
+
 @pytest.mark.parametrize(
     ("operations", "what"),
     [
         pytest.param(refused_address, "refused AddAddress.*10.0.0.2/24.*File exists", id="netlink"),
         pytest.param(refused_rules, "nft refused the rules of n0: .*Error", id="nft"),
         pytest.param(refused_setting, "net.ipv4.no_such_setting = 1 in b: .*No such file", id="sysctl"),
+        pytest.param(failed_command("ip", "link", "set", "x", "up"), "'ip link set x up' of a failed: ", id="setup"),
+        pytest.param(failed_command("sh", "-c", "exit 3"), "of a failed: exit status 3", id="silent setup"),
+        pytest.param(failed_command("no-such-program"), "of a failed: no-such-program: No such file", id="no program"),
     ],
 )
 def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[], list[Operation]], what: str) -> None:
@@ -184,6 +191,23 @@ links: [{ends: [{node: a}, {node: b}]}]
         assert "--dport 6 -j DROP" in run(inside, "ip6tables-save")
         assert inside.call(Path("/proc/sys/net/ipv4/ip_default_ttl").read_text) == "9\n"
         assert inside.call(Path("/proc/sys/net/ipv4/conf/eth0/rp_filter").read_text) == "2\n"
+
+
+def test_commands_are_run_in_order_before_rules_that_need_what_they_make() -> None:
+    text = """
+name: pair
+nodes:
+  a:
+    setup: [ip link add mine type bridge, ip link set mine up, "sh -c 'ip addr add 10.9.0.1/24 dev mine'"]
+    nft: "table netdev t { chain c { type filter hook ingress device mine priority 0; }; }"
+  b:
+links: [{ends: [{node: a}, {node: b}]}]
+"""
+    with Builder() as builder:
+        builder.build(plan(loads(text)))
+        assert "10.9.0.1/24" in run(builder.namespace("a"), "ip", "-brief", "addr", "show", "mine")
+        assert "mine" in run(builder.namespace("a"), "nft", "list", "table", "netdev", "t")
+        assert "mine" not in run(builder.namespace("b"), "ip", "-brief", "link")
 
 
 @pytest.mark.parametrize(("offload", "state"), [("false", "off"), ("true", "on")])

@@ -19,6 +19,7 @@ from testbed.plan import (
     MakeNamespace,
     Operation,
     Redirect,
+    RunCommand,
     SetUp,
     StopOffload,
     WaitReady,
@@ -149,6 +150,12 @@ def test_settings_of_an_interface_are_made_when_it_is_there() -> None:
     first = next(operation for operation in made if isinstance(operation, MakeNamespace))
     assert ("net.ipv4.ip_default_ttl", "9") in first.settings
     assert made[-1] == Configure("a", (("net.ipv4.conf.eth0.rp_filter", "1"),))
+
+
+def test_commands_are_run_in_a_node_that_is_ready_before_its_rules() -> None:
+    made = operations(PAIR.format(a="{setup: [\"sh -c 'echo x y'\", ls], nft: rules}", b="{}"))
+    assert made[-3:-1] == [RunCommand("a", ("sh", "-c", "echo x y")), RunCommand("a", ("ls",))]
+    assert describe(made[-3]) == "a: sh -c 'echo x y'"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ SOUND = {
     ),
     "a short link without IPv6": lab(Link(end("a", "10.0.0.1/24"), end("b", "10.0.0.2/24"), mtu=576)),
     "captures by name": replace(lab(AB), capture=("a:eth0", "b:lo")),
+    "a capture at what setup makes": replace(lab(a=Node("a", setup=(("true",),))), capture=("a:br7",)),
     "a route by a neighbour": lab(AB, a=Node("a", routes=routes(("0.0.0.0/0", "10.0.0.2"), ("::/0", "fd00::2")))),
     "a setting": lab(AB, a=Node("a", sysctls=(("net.ipv4.conf.eth0.rp_filter", "1"),))),
     "a service that notifies": lab(AB, a=Node("a", services=(Service("x", ("x", "{notify_fd}"), NOTIFY),))),

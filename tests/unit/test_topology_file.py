@@ -175,6 +175,16 @@ ERRORS = {
         "13:9: nodes.server.routes[1]: 2001:db8::/32 and 10.1.0.1 are of two families",
     ),
     "rule that is none": ("- -A PRE", "- -X PRE", "9:11: nodes.gateway.engine.rules[0]: a rule begins with -A"),
+    "command that is none": (
+        "kind: router",
+        "setup: [' ']",
+        "gateway.setup[0]: there is no command in ' '",
+    ),
+    "command with an open quotation": (
+        "kind: router",
+        """setup: ["a 'b"]""",
+        "5:13: nodes.gateway.setup[0]: No",
+    ),
     "no YAML": ("kind: router", "kind: [router", "topology:6:12: expected ',' or ']'"),
     "no mapping": (LAB, "- a list", "1:1: document: ['a list'] is not of type 'object'"),
     "empty": (LAB, "", "1:1: document: None is not of type 'object'"),
