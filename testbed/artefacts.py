@@ -24,7 +24,7 @@ from testbed.report import report
 
 FAILURE: Final = "failure.txt"
 REPORT: Final = "report.html"
-_LONGEST: Final = 120  # characters of a name; a file system allows 255
+_LONGEST: Final = 120  # bytes of a name; a file system allows 255
 
 
 class ArtefactFolder:
@@ -37,8 +37,8 @@ class ArtefactFolder:
     @classmethod
     def claim(cls, parent: Path, name: str) -> Self:
         """An empty folder for `name` (any text) in `parent`; another run that uses it right now has it to itself."""
-        readable = re.sub(r"[^\w.=-]+", "_", name)[:_LONGEST]
-        stem = f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        readable = re.sub(r"[^\w.=-]+", "_", name).encode()[:_LONGEST].decode(errors="ignore")
+        stem = f"{readable}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:6]}"
         for number in count(1):
             path = parent / (f"{stem}-{number}" if number > 1 else stem)
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,6 +49,10 @@ class ArtefactFolder:
         for entry in path.iterdir():  # of an earlier run
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return cls(path, descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor that has the lock: the folder is in use as long as any process has it open."""
+        return self._descriptor
 
     def remove(self) -> None:
         """Remove it with all that is in it."""
@@ -82,7 +86,22 @@ def write_state(lab: Lab, folder: Path, failure: str) -> None:
         except Exception as error:
             text = f"cannot be had: {error}\n"
         if text:
-            (folder / name).write_text(text, encoding="utf-8", errors="replace")
+            _write(folder / name, text)
+
+
+def write_end(lab: Lab, folder: Path, failure: str) -> None:
+    """Write down what went wrong; and a report, if there is none yet because the lab never came up or went in peace."""
+    _write(folder / FAILURE, failure)
+    if not (folder / REPORT).exists():
+        try:
+            text = report(lab, failure)
+        except Exception as error:
+            text = f"cannot be had: {error}\n"
+        _write(folder / REPORT, text)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _state(lab: Lab, failure: str) -> Iterator[tuple[str, Callable[[], str]]]:

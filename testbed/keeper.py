@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.impair import WIRE
@@ -23,8 +24,11 @@ from testbed.registry import LOG, Record, find, record_of, redirect
 from testbed.warden_handle import WardenHandle
 
 
-def hand_over(lab: Lab) -> Record:
-    """Give a lab to a keeper and be done with it; LabError when none can be had: then the lab is as it was."""
+def hand_over(lab: Lab, held: Sequence[int] = ()) -> Record:
+    """Give a lab to a keeper and be done with it; LabError when none can be had: then the lab is as it was.
+
+    `held`: descriptors that the keeper is to have open as long as it lives, such as those of locks.
+    """
     namespaces = lab.namespaces
     keeper = subprocess.Popen(
         [
@@ -35,7 +39,7 @@ def hand_over(lab: Lab) -> Record:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, KEEPS: owner_mark()},
-        pass_fds=[namespace.fileno() for namespace in namespaces.values()],
+        pass_fds=[*(namespace.fileno() for namespace in namespaces.values()), *held],
         start_new_session=True,
     )
     assert keeper.stdin is not None

@@ -171,6 +171,7 @@ class Lab:
         self.topology = topology
         self.capture: CaptureSession | None = None
         self.programs: dict[tuple[str, str], Program] = {}
+        self.logs: dict[tuple[str, str], Path] = {}  # of programs that never got ready as well
         self.left_over: list[str] = []  # after the end: what outlived the undoing, and that was killed if it could be
         self.journal = Journal()
         self._recorder: Recorder | None = None
@@ -258,8 +259,9 @@ class Lab:
         if key in self.programs and self.programs[key].returncode is None:
             raise ServiceError(f"{node}/{service.name} runs already")
         log = self.directory / f"{node}.{service.name}.log"
-        if key not in self.programs:
+        if key not in self.logs:
             log.unlink(missing_ok=True)  # of an earlier lab in this directory
+        self.logs[key] = log
         namespace = self._builder.namespace(node)
         entry = self.journal.begin(node, service.name)
         try:

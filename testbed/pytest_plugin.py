@@ -34,7 +34,8 @@ _FOLDER: Final = "lab artefacts"  # among the user properties of a report
 _KEPT: Final = "lab kept"
 
 _reports_of: Final = pytest.StashKey[list[pytest.TestReport]]()
-_lab_of: Final = pytest.StashKey["Lab"]()
+_lab_of: Final = pytest.StashKey["Lab"]()  # while it is alive
+_last_lab_of: Final = pytest.StashKey["Lab"]()  # until its folder is done
 _folder_of: Final = pytest.StashKey["ArtefactFolder"]()
 
 
@@ -144,10 +145,10 @@ def _topology_from(source: object, test: Path) -> Topology:
             case str() | Path():
                 return load(test.parent / source)
             case _:
-                kind = type(source).__name__
-                pytest.fail(f"topology: a Topology, a file, or YAML text is wanted, not {kind}", pytrace=False)
+                wrong = f"topology: a Topology, a file, or YAML text is wanted, not {type(source).__name__}"
     except TopologyError as error:
-        pytest.fail(str(error), pytrace=False)
+        wrong = str(error)
+    pytest.fail(wrong, pytrace=False)  # not while the error is handled: pytest would tell that as well
 
 
 @pytest.fixture
@@ -161,24 +162,25 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
     description = _topology_from(topology, request.path)
     folder = ArtefactFolder.claim(config.rootpath / config.getoption("--lab-artefacts"), node.nodeid)
     node.stash[_folder_of] = folder
-    lab = Lab(description, folder.path, record=True)
+    lab = node.stash[_last_lab_of] = Lab(description, folder.path, record=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lab)
         node.stash[_lab_of] = lab
         yield lab
         del node.stash[_lab_of]
-        if _has_failed(node) or any(program.has_failed for program in lab.programs.values()):
-            write_state(lab, folder.path, _story(node))
+        accounts = [program.account() for program in lab.programs.values() if program.has_failed]
+        if _has_failed(node) or accounts:
+            write_state(lab, folder.path, "\n".join((_story(node), *accounts)).strip())
         if _has_failed(node) and config.getoption("--lab-keep"):
             stack.pop_all()
-            node.user_properties.append((_KEPT, _keep(lab)))
+            node.user_properties.append((_KEPT, _keep(lab, folder)))
 
 
-def _keep(lab: Lab) -> str:
-    """Let a lab outlive the session; how to get into it, and how to end it."""
+def _keep(lab: Lab, folder: ArtefactFolder) -> str:
+    """Let a lab outlive the session, and its folder be its own; how to get into it, and how to end it."""
     from testbed.keeper import hand_over
 
-    record = hand_over(lab)
+    record = hand_over(lab, (folder.fileno(),))
     nodes = "|".join(record.nodes)
     return f"testbed shell --lab {record.name} {nodes}    to end it: testbed down {record.name}"
 
@@ -228,18 +230,20 @@ def pytest_runtest_makereport(
 
 def _finish_folder(item: pytest.Item, folder: ArtefactFolder) -> None:
     """Keep the folder of a failed test with its story, and of others as the options say."""
-    from testbed.artefacts import FAILURE
+    from testbed.artefacts import write_end
     from testbed.capture import FILE_NAME
 
     captures = item.config.getoption("--lab-pcap")
+    lab = item.stash[_last_lab_of]
+    del item.stash[_last_lab_of]
     failures = [report for report in item.stash[_reports_of] if report.failed]
     if not failures and captures != "always":
         folder.remove()
         return
+    if failures:
+        write_end(lab, folder.path, _story(item))
     if captures == "never":
         (folder.path / FILE_NAME).unlink(missing_ok=True)
-    if failures:
-        (folder.path / FAILURE).write_text(_story(item))
     item.user_properties.append((_FOLDER, str(folder.path)))
     folder.close()
 

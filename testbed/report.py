@@ -114,7 +114,7 @@ def report(lab: Lab, failure: str = "") -> str:
         cut=sorted(recording.cut),
         impairments=_impairments(lab),
         notes=lab.notes,
-        logs=[(f"{node}: {name}", *_end_of(program.log)) for (node, name), program in lab.programs.items()],
+        logs=[(f"{node}: {name}", *_end_of(log)) for (node, name), log in lab.logs.items()],
     )
 
 

@@ -163,6 +163,7 @@ def test_a_wrong_marker_is_told_without_a_traceback(project: pytest.Pytester) ->
     result.assert_outcomes(errors=len(WRONG_MARKERS))
     result.stdout.fnmatch_lines(list(WRONG_MARKERS.values()))
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
+    result.stdout.no_fnmatch_line("*During handling of the above exception*")  # and once
 
 
 def test_what_the_machine_lacks_is_the_reason_of_a_skip(project: pytest.Pytester) -> None:
@@ -261,7 +262,27 @@ def test_what_fails_before_or_after_the_test_leaves_a_folder_too(project: pytest
     ]
     for folder in found:
         assert (folder / "a.s.log").read_text() == "last words\n"
-        assert (folder / "failure.txt").read_text().startswith(f"test_it.py::{folder.name[11:-7]}, ")
+        story = (folder / "failure.txt").read_text()
+        assert story.startswith(f"test_it.py::{folder.name[11:-7]}, ")
+        report = (folder / "report.html").read_text()
+        assert "last words" in report
+        assert {"test_died": "a/s was ended by SIGKILL", "test_late": "too late"}.get(folder.name[11:-7], "7") in report
+
+
+def test_no_name_and_no_text_is_too_odd_for_a_folder(project: pytest.Pytester) -> None:
+    name = "test_" + "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 100
+    project.makepyfile(
+        test_it=f"""
+        import pytest
+
+        @pytest.mark.topology("lab.yaml")
+        def {name}(lab):
+            pytest.fail("bytes as text: " + bytes([255]).decode(errors="surrogateescape"))
+        """
+    )
+    run(project, "--tb=no", "-rN").assert_outcomes(failed=1)  # pytest itself would print the byte
+    (folder,) = folders(project)
+    assert "bytes as text: \\udcff" in (folder / "failure.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -350,6 +371,19 @@ def test_a_kept_lab_lives_on_as_it_was_until_it_is_ended(
     assert (done.returncode, done.stdout) == (0, f"{name} is down\n"), done.stderr
     assert start_time(record.pid) is None
     assert start_time(service_pids[0]) is None
+
+
+@pytest.mark.usefixtures("ends")
+def test_the_folder_of_a_kept_lab_is_its_own_until_it_is_ended(project: pytest.Pytester, name: str) -> None:
+    project.makepyfile(test_it=FAILS)
+    run(project, "--lab-keep")
+    (folder,) = folders(project)
+    project.makepyfile(test_it=PASSES)
+    run(project).assert_outcomes(passed=1)
+    assert (folder / "failure.txt").exists()
+    assert run_testbed("down", name).returncode == 0
+    run(project)
+    assert folders(project) == []
 
 
 @pytest.mark.usefixtures("ends")
