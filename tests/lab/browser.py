@@ -42,11 +42,11 @@ class Browser:
         strokes = [{"type": kind, "value": KEYS.get(key, key)} for kind in ("keyDown", "keyUp")]
         ask(f"{self.url}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
-    def look(self, width: int, *, is_dark: bool) -> None:
-        """A window as wide, as tall as the page is; and whether its user likes it dark."""
+    def look(self, width: int, *, is_dark: bool, medium: str = "screen") -> None:
+        """A window as wide, or a sheet of paper, as tall as the page is; and whether its user likes it dark."""
         self._command(
             "Emulation.setEmulatedMedia",
-            {"features": [{"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}]},
+            {"media": medium, "features": [{"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}]},
         )
         window = {"width": width, "deviceScaleFactor": 1, "mobile": False}
         self._command("Emulation.setDeviceMetricsOverride", {**window, "height": 1000})

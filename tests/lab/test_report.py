@@ -310,6 +310,19 @@ def test_in_a_browser_packets_open_by_click_key_and_fragment_and_nothing_hostile
     assert looking.complaints() == []
 
 
+def test_on_paper_nothing_is_cut_off(proxied: Path, looking: Browser) -> None:
+    looking.open(proxied.as_uri())
+    looking.evaluate("document.querySelector('.ladder > details').open = true")
+    looking.look(700, is_dark=False, medium="print")
+    too_large = "(box) => box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1"
+    cut = (
+        f"[...document.querySelectorAll('.wide, .hops, .lanes, .log')].filter({too_large}).map((box) => box.innerHTML)"
+    )
+    assert looking.evaluate(cut) == []
+    assert looking.evaluate("getComputedStyle(document.querySelector('.mark')).printColorAdjust") == "exact"
+    looking.look(1400, is_dark=False)
+
+
 def test_in_a_browser_the_timeline_zooms_by_button_and_key(proxied: Path, looking: Browser) -> None:
     looking.open(proxied.as_uri())
     begin, span = stretch(looking)
