@@ -154,13 +154,13 @@ def _topology_from(source: object, test: Path) -> Topology:
 @pytest.fixture
 def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
     """A running lab, built from `topology` for this test alone; captures and logs are in `lab.directory`."""
-    from testbed.artefacts import ArtefactFolder, write_state
+    from testbed.artefacts import write_state
     from testbed.lab import Lab
 
     _skip_without_labs()
     node, config = request.node, request.config
     description = _topology_from(topology, request.path)
-    folder = ArtefactFolder.claim(config.rootpath / config.getoption("--lab-artefacts"), node.nodeid)
+    folder = _claim_folder(config.rootpath / config.getoption("--lab-artefacts"), node.nodeid)
     node.stash[_folder_of] = folder
     lab = node.stash[_last_lab_of] = Lab(description, folder.path, record=True)
     with contextlib.ExitStack() as stack:
@@ -168,12 +168,25 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
         node.stash[_lab_of] = lab
         yield lab
         del node.stash[_lab_of]
+        if _was_interrupted(node):
+            write_state(lab, folder.path, "The test was interrupted.")
         accounts = [program.account() for program in lab.programs.values() if program.has_failed]
         if _has_failed(node) or accounts:
             write_state(lab, folder.path, "\n".join((_story(node), *accounts)).strip())
         if _has_failed(node) and config.getoption("--lab-keep"):
             stack.pop_all()
             node.user_properties.append((_KEPT, _keep(lab, folder)))
+
+
+def _claim_folder(parent: Path, name: str) -> ArtefactFolder:
+    """The folder of a test; where there can be none, the test fails and says why."""
+    from testbed.artefacts import ArtefactFolder
+
+    try:
+        return ArtefactFolder.claim(parent, name)
+    except OSError as error:
+        wrong = f"no folder for the lab: {error.strerror}: {error.filename}; --lab-artefacts names another place"
+    pytest.fail(wrong, pytrace=False)
 
 
 def _keep(lab: Lab, folder: ArtefactFolder) -> str:
@@ -207,6 +220,12 @@ def engine(engines: Mapping[str, EngineHandle]) -> EngineHandle:
 
 def _has_failed(item: pytest.Item) -> bool:
     return any(report.failed for report in item.stash.get(_reports_of, []))
+
+
+def _was_interrupted(item: pytest.Item) -> bool:
+    """Did Ctrl-C or the like end it? Then pytest has no report of the phase that it was in."""
+    reports = item.stash.get(_reports_of, [])
+    return not any(report.when == "call" or not report.passed for report in reports)
 
 
 def _story(item: pytest.Item) -> str:

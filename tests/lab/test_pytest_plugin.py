@@ -269,6 +269,24 @@ def test_what_fails_before_or_after_the_test_leaves_a_folder_too(project: pytest
         assert {"test_died": "a/s was ended by SIGKILL", "test_late": "too late"}.get(folder.name[11:-7], "7") in report
 
 
+def test_an_interrupted_test_leaves_a_report(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it=FAILS.replace('assert "the answer" == 42', "raise KeyboardInterrupt"))
+    assert run(project).ret == pytest.ExitCode.INTERRUPTED
+    (folder,) = folders(project)
+    report = (folder / "report.html").read_text()
+    assert "The test was interrupted." in report
+    assert "10.0.0.2:9: " in report
+
+
+def test_where_no_folder_can_be_is_said_in_one_line(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it=PASSES)
+    project.path.joinpath("artefacts").touch()
+    result = run(project)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["no folder for the lab: *artefacts*--lab-artefacts names another place"])
+    result.stdout.no_fnmatch_line("*Error*")
+
+
 def test_no_name_and_no_text_is_too_odd_for_a_folder(project: pytest.Pytester) -> None:
     name = "test_" + "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 100
     project.makepyfile(
