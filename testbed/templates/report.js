@@ -45,7 +45,8 @@ function look(from, to) {
   const step = niceStep(span / Math.max(axis.clientWidth / 90, 2));
   const digits = Math.max(0, -Math.floor(Math.log10(step)));
   const numbers = [];
-  for (let tick = Math.ceil(begin / step); tick * step <= seen.to; tick++) {
+  const edge = (span * 20) / Math.max(axis.clientWidth, 60); // half of a number's width: none is cut off
+  for (let tick = Math.ceil((begin + edge) / step); tick * step <= seen.to - edge; tick++) {
     const number = document.createElement("span");
     number.className = "tick";
     number.style.setProperty("--b", tick * step);

@@ -329,6 +329,13 @@ def test_in_a_browser_the_timeline_zooms_by_button_and_key(proxied: Path, lookin
     assert begin < 0  # the lab, before the first packet
     numbers = "[...document.querySelectorAll('.tick')].map((tick) => tick.textContent)"
     assert "0" in looking.evaluate(numbers)
+    strip = "document.querySelector('.axis .strip').getBoundingClientRect()"
+    inside = f"t.getBoundingClientRect().left >= {strip}.left && t.getBoundingClientRect().right <= {strip}.right"
+    for _ in range(4):
+        assert looking.evaluate(f"[...document.querySelectorAll('.tick')].every((t) => {inside})")
+        looking.click("[data-do=left]")
+        looking.click("[data-do=in]")
+    looking.click("[data-do=everything]")
     looking.click("[data-do=in]")
     assert stretch(looking)[1] == pytest.approx(span / 2)
     looking.evaluate("document.querySelector('.timeline').focus()")
