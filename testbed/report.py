@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -34,6 +34,8 @@ from testbed.recorder import Recording
 from testbed.report_ladders import LadderView, PacketLine, ladders
 from testbed.timeline import Timeline, timeline
 from testbed.trace import trace
+
+_Item = TypeVar("_Item")
 
 # A report is read by people, and a browser has to hold it. What is left out is said where it is missing.
 _MOST_FRAMES: Final = 20_000
@@ -144,24 +146,29 @@ def _traffic(lab: Lab, decisions: Sequence[Decision]) -> Traffic:
     except CaptureError as error:
         trouble = str(error)
     frames = capture.frames()
-    read = frames[:_MOST_FRAMES]
+    read = _both_ends(frames, _MOST_FRAMES)
     found = connections(trace(read))
     told = {id(frame) for each in found for _, journey in each.journeys for hop in journey.hops for frame in hop.frames}
     others = [frame for frame in read if id(frame) not in told]
     start = min((connection.legs[0].began for connection in found), default=None)
-    shown = found[:_MOST_CONNECTIONS]
+    shown = _both_ends(found, _MOST_CONNECTIONS)
     return Traffic(
         frames=len(frames),
         points=tuple((label, each.seen, each.dropped) for label, each in capture.statistics().items()),
         trouble=trouble,
         unread=len(frames) - len(read),
         ladders=tuple(ladders(shown, capture.points, start or 0, decided(read, decisions))),
-        hidden=max(0, len(found) - _MOST_CONNECTIONS),
+        hidden=len(found) - len(shown),
         others=tuple(others[:_MOST_OTHERS]),
         other_count=len(others),
         talks=tuple((at, *_talks(frame for frame in read if frame.point == at)) for at in capture.points),
         start=start,
     )
+
+
+def _both_ends(items: list[_Item], most: int) -> list[_Item]:
+    """The first and the last half of the most that are wanted: what failed is rather at the end."""
+    return items if len(items) <= most else items[: most // 2] + items[-most // 2 :]
 
 
 def _talks(frames: Iterator[Frame]) -> tuple[list[Conversation], int]:
