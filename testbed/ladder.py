@@ -79,10 +79,11 @@ def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) ->
     """Draw a connection. `points`: all capture points in the order of their columns; untouched ones are left out.
 
     With more points than fit into `width` characters, some are left out too, and it says so: first those at which
-    nothing changed.
+    nothing changed. Two always are drawn, however narrow that is.
     """
     has_legs = len(connection.legs) > 1
     left = _TIME + 2 * has_legs + 2 + _PACKET
+    width = max(width, left + 2 * _NARROWEST)
     touched = points_of(connection, points)
     shown = _that_fit(connection, touched, (width - left) // _NARROWEST)
     grid = _Grid(shown, left, (width - left) // max(len(shown), 1))
@@ -173,13 +174,16 @@ def _note_lines(row: Row, grid: _Grid) -> list[Text]:
     columns = sorted(_notes_below(row, grid), key=lambda column: column[0])
     lines: list[Text] = []
     for index, (place, notes, errors) in enumerate(columns):
-        end = columns[index + 1][0] if index + 1 < len(columns) else grid.left + grid.step * len(grid.points)
+        # A packet may come by a point twice, in and out by the same door.
+        right = (other for other, _, _ in columns[index + 1 :] if other > place)
+        end = next(right, grid.left + grid.step * len(grid.points))
         room = end - place - 1
         marks = chain([f"{grid.number(notes)} "] if notes else [], repeat("  "))
         changed = [f"{mark}{line}" for mark, line in zip(marks, _wrapped(notes, room - 2), strict=False)]
         styled = [(line, _CHANGED) for line in changed] + [(line, _BAD) for line in _wrapped(errors, room)]
-        lines += (Text() for _ in range(len(styled) - len(lines)))
-        for line, (words, style) in zip(lines, styled, strict=False):
+        begin = next((number for number, line in enumerate(lines) if len(line.plain) <= place), len(lines))
+        lines += (Text() for _ in range(begin + len(styled) - len(lines)))
+        for line, (words, style) in zip(lines[begin:], styled, strict=False):
             line.append(" " * (place - len(line.plain)))
             line.append(words, style)
     return lines

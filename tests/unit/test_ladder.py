@@ -173,3 +173,21 @@ def test_an_icmp_error_goes_back_to_its_cause() -> None:
     message = ip(2, 1, SENT) / ICMP(type=3, code=3) / IPerror(bytes(datagram))
     scene.go((SERVER, message), (CLIENT, message))
     assert [row.split("●")[0].strip() for row in rows_of(scene)] == ["→ 0 bytes", "← port unreachable"]
+
+
+def test_what_happened_twice_at_one_point_is_all_written_below_it() -> None:
+    scene = Scene()
+    wrong = UDP(sport=4000, dport=9, chksum=1) / b"x"
+    scene.see(CLIENT, ip(1, 2, SENT) / wrong, outgoing=True)
+    scene.see(GATEWAY_IN, ip(1, 2, SENT) / wrong, outgoing=False)
+    scene.see(GATEWAY_IN, ip(3, 2, ROUTED) / wrong, outgoing=True)
+    text = "\n".join(lines_of(scene))
+    assert text.count("UDP checksum") == 3
+    assert "① src 10.0.0.1→10.0.0.3" in text
+
+
+@pytest.mark.parametrize("width", [0, 20, 40, 41, 60])
+def test_a_terminal_that_is_too_narrow_gets_a_ladder_with_two_points(width: int) -> None:
+    scene = Scene()
+    talk(scene, (CLIENT, 1, 2), (GATEWAY_IN, 1, 2), (GATEWAY_OUT, 3, 2), (SERVER, 3, 2))
+    assert "2 points are not shown, for want of room" in lines_of(scene, width)
