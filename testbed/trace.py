@@ -82,6 +82,7 @@ class Journey:
 
 
 _Place = tuple[str, bool]  # point and direction
+_Ends = tuple[tuple[str, int | None], tuple[str, int | None]]
 
 
 @dataclass(slots=True)
@@ -90,8 +91,10 @@ class _Draft:
 
     last: Frame
     hops: dict[_Place, list[Frame]] = field(default_factory=dict)
+    ends: set[_Ends] = field(default_factory=set)  # what its ends were called on the way
 
     def add(self, frame: Frame) -> None:
+        self.ends.add(_ends(ip_of(frame)))
         self.hops.setdefault(_place(frame), []).append(frame)
         self.last = frame
 
@@ -163,8 +166,8 @@ def _may_continue(draft: _Draft, frame: Frame) -> bool:
     last, packet = ip_of(draft.last), ip_of(frame)
     if _place(frame) in draft.hops or _is_lost(draft, frame):
         return False
-    if _ends(packet) == tuple(reversed(_ends(last))):
-        return False
+    if tuple(reversed(_ends(packet))) in draft.ends:
+        return False  # a reply, under whichever of its addresses
     if draft.last.point == frame.point:
         # In and out by the same door: routed, or it is not the same packet.
         return frame.outgoing and packet.layout.hop_limit < last.layout.hop_limit
@@ -181,7 +184,7 @@ def _place(frame: Frame) -> _Place:
     return frame.point, frame.outgoing
 
 
-def _ends(packet: IpPacket) -> tuple[tuple[str, int | None], tuple[str, int | None]]:
+def _ends(packet: IpPacket) -> _Ends:
     return (packet.source, packet.source_port), (packet.destination, packet.destination_port)
 
 

@@ -60,6 +60,16 @@ def test_a_reply_with_the_payload_of_the_request_is_a_packet_of_its_own(net: Net
     assert ways(scene.frames) == [(CLIENT, SERVER), (SERVER, CLIENT)]
 
 
+@BOTH
+def test_a_translated_reply_with_the_payload_of_the_request_is_a_packet_of_its_own(net: Net) -> None:
+    scene = Scene()
+    scene.go(*forward(net, *[UDP(sport=4000, dport=7) / b"echo"] * 2))
+    reply = UDP(sport=7, dport=4000) / b"echo"
+    answer, translated = net(2, 3, SENT) / reply, net(2, 1, ROUTED) / reply
+    scene.go((SERVER, answer), (GATEWAY_OUT, answer), (GATEWAY_IN, translated), (CLIENT, translated))
+    assert ways(scene.frames) == [POINTS, POINTS[::-1]]
+
+
 def test_a_relayed_datagram_with_the_same_payload_is_a_packet_of_its_own() -> None:
     scene = Scene()
     datagram = UDP(sport=4000, dport=53) / b"question"
