@@ -6,6 +6,7 @@ match serves both; `frame` is the captured frame itself.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -33,6 +34,22 @@ _CLASSES: Final = {
     "dns": ("scapy.layers.dns", "DNS"),
     "raw": ("scapy.packet", "Raw"),
 }
+# Fields that hold an address, and of which versions of IP.
+_ADDRESSES: Final = {
+    **dict.fromkeys(("net.src", "net.dst"), (4, 6)),
+    **dict.fromkeys(("ip.src", "ip.dst", "arp.psrc", "arp.pdst"), (4,)),
+    **dict.fromkeys(("ipv6.src", "ipv6.dst"), (6,)),
+}
+_OF_FRAMES: Final[dict[str, tuple[type[Any], ...]]] = {
+    "point": (str,),
+    "time_ns": (int,),
+    "data": (bytes,),
+    "outgoing": (bool,),
+    "half_checksum": (bool,),
+    "number": (int,),
+    "vlans": (tuple,),
+}
+_TCP_FLAGS: Final = "FSRPAUECN"
 NAMES: Final = ("frame", "net", *_CLASSES)
 
 
@@ -112,6 +129,41 @@ def check_field(layer: str, field: str) -> None:
         near = get_close_matches(field, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise MatchError(f"{layer} has no field {field!r}, only {', '.join(names)}{hint}")
+
+
+def check_value(layer: str, field: str, value: object) -> object:
+    """The value as the field has it; MatchError when the field, known by `check_field`, can never be equal to it."""
+    name = f"{layer}.{field}"
+    if (versions := _ADDRESSES.get(name)) is not None:
+        try:
+            address = ipaddress.ip_address(value)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise MatchError(f"{name}: {value!r} is no address") from error
+        if address.version not in versions:
+            raise MatchError(f"{name}: {value} is an address of IPv{address.version}")
+        return str(address)
+    kinds = _kinds(layer, field)
+    if kinds and not isinstance(value, kinds):
+        raise MatchError(f"{name}: it is never {value!r}, but a value of type {kinds[0].__name__}")
+    if name == "ether.src" or name == "ether.dst":
+        return str(value).lower()
+    if name == "tcp.flags" and isinstance(value, str) and not set(value) <= set(_TCP_FLAGS):
+        raise MatchError(f"{name}: {value!r} has other letters than {_TCP_FLAGS}")
+    return value
+
+
+@cache
+def _kinds(layer: str, field: str) -> tuple[type[Any], ...]:
+    """What a field's values are; empty when that is different things, or not known."""
+    if layer == "frame":
+        return _OF_FRAMES.get(field, ())
+    if layer in ("net", "icmpv6"):
+        return ()
+    made = layer_class(layer)
+    example = getattr(made(made().build()), field, None)
+    if hasattr(example, "flagrepr"):
+        return (str, int)
+    return next(((kind,) for kind in (int, bytes) if isinstance(example, kind)), ())
 
 
 def read_field(frame: Frame, layer: str, field: str) -> object:

@@ -13,15 +13,24 @@ expectation that nothing comes would pass with it.
 from __future__ import annotations
 
 import inspect
-import ipaddress
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from testbed.frames import Frame
-from testbed.layers import MISSING, MatchError, check_field, instance_in, is_quick, layer_class, layer_in, read_field
+from testbed.layers import (
+    MISSING,
+    MatchError,
+    check_field,
+    check_value,
+    instance_in,
+    is_quick,
+    layer_class,
+    layer_in,
+    read_field,
+)
 from testbed.predicate_parts import Part, parts_of
 
 Match = Mapping[str, object] | Callable[..., object] | None
@@ -70,7 +79,7 @@ class _Fields(Matcher):
     """Fields with values, all of which must hold."""
 
     def __init__(self, fields: Mapping[str, object]) -> None:
-        split = [(*_split(name), _canonical(value)) for name, value in fields.items()]
+        split = [(*_split(name), _checked(name, value)) for name, value in fields.items()]
         # What needs no dissection decides first.
         self._fields = sorted(split, key=lambda field: not is_quick(field[0], field[1]))
         self.conditions = [(f"{layer}.{field}", _expected_text(value)) for layer, field, value in split]
@@ -104,9 +113,7 @@ class _Predicate(Matcher):
         except Exception as error:
             error.add_note(f"raised by the match for {frame}")
             raise
-        if answer is None:
-            raise MatchError("the match returned None: is there a `return` missing?")
-        return bool(answer)
+        return _truth(answer)
 
     def judge(self, frame: Frame) -> list[Verdict]:
         layers = self._arguments(frame)
@@ -130,27 +137,40 @@ def _split(name: str) -> tuple[str, str]:
     return layer, field
 
 
-def _canonical(value: object) -> object:
-    """An address as Scapy writes it."""
-    if isinstance(value, str) and ":" in value:
-        try:
-            return str(ipaddress.ip_address(value))
-        except ValueError:
-            return value
-    return value
+def _checked(name: str, value: object) -> object:
+    """What is compared; MatchError when no such field can ever be equal to it."""
+    layer, _, field = name.partition(".")
+    if callable(value):
+        return value
+    if isinstance(value, Collection) and not isinstance(value, str | bytes):
+        if not value:
+            raise MatchError(f"{name}: there is nothing in {value!r} that it could be")
+        return value if isinstance(value, range) else [check_value(layer, field, one) for one in value]
+    return check_value(layer, field, value)
 
 
 def _holds(expected: object, seen: object) -> bool:
     if seen is MISSING:
         return False
     if callable(expected):
-        return bool(expected(seen))
+        return _truth(expected(seen))
     if isinstance(expected, range):
         return seen in expected
     if isinstance(expected, Collection) and not isinstance(expected, str | bytes):
         # One by one: Scapy's flags equal a string, but do not have its hash.
         return any(seen == one for one in expected)
     return bool(seen == expected)
+
+
+def _truth(answer: object) -> bool:
+    """What a function answered; MatchError for what says nothing, though Python takes it for true or false."""
+    if answer is None:
+        raise MatchError("the match returned None: is there a `return` missing?")
+    if callable(answer) or isinstance(answer, tuple | Awaitable | Iterator | AsyncIterator):
+        if isinstance(answer, Coroutine):
+            answer.close()
+        raise MatchError(f"the match returned a {type(answer).__name__}, which is always true: {answer!r}")
+    return bool(answer)
 
 
 def _expected_text(value: object) -> str:
@@ -176,6 +196,9 @@ def _layers_of(function: Callable[..., object]) -> dict[str, Callable[[Frame], o
     parameters = inspect.signature(function).parameters
     if not parameters:
         raise MatchError("a match is a function of layers: it has no parameters")
+    for parameter in parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise MatchError(f"parameter {parameter.name!r}: layers are given by name, to plain parameters")
     return {name: _finder(name, hints.get(name)) for name in parameters}
 
 
@@ -186,6 +209,8 @@ def _finder(name: str, annotation: object) -> Callable[[Frame], object]:
         if name not in ("frame", "net"):
             layer_class(name)
         return lambda frame: layer_in(frame, name)
-    if isinstance(annotation, type) and hasattr(annotation, "fields_desc"):
+    if isinstance(annotation, type) and getattr(annotation, "fields_desc", None) is not None:
+        if annotation in layer_class("raw").__bases__:
+            raise MatchError(f"parameter {name!r}: name the layer, since no layer is a plain {annotation.__name__}")
         return lambda frame: instance_in(frame, annotation)
     raise MatchError(f"parameter {name!r}: {annotation!r} is no Scapy layer")

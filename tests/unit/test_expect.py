@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,9 @@ MATCHES: dict[str, tuple[Match, Packet, bool]] = {
     "either version, 4": ({"net.dst": "10.0.0.2"}, V4 / UDP(), True),
     "either version, 6": ({"net.dst": "fd00::2"}, V6 / UDP(), True),
     "an address written long": ({"ipv6.dst": "fd00:0:0::2"}, V6 / UDP(), True),
+    "one of several addresses written long": ({"net.dst": {"fd00:0:0::2"}}, V6 / UDP(), True),
+    "an address that is no text": ({"ip.dst": IPv4Address("10.0.0.2")}, V4 / UDP(), True),
+    "a link address in capitals": ({"ether.src": "02:00:00:00:00:01".upper()}, V4 / UDP(), True),
     "payload": ({"raw.load": b"hello"}, V4 / UDP(dport=9) / b"hello", True),
     "the frame": ({"frame.outgoing": False}, V4 / UDP(), False),
     "a lambda": (lambda ip, tcp: ip.dst == "10.0.0.2" and tcp.flags.S, V4 / TCP(), True),
@@ -116,6 +120,14 @@ def of_number(packet: int) -> bool:
     return packet > 0
 
 
+def of_packet(packet: Packet) -> bool:
+    return bool(packet)
+
+
+def by_position(ip: IP, /) -> bool:
+    return bool(ip)
+
+
 NONSENSE: dict[str, tuple[Match, str]] = {
     "misspelt layer": ({"tpc.dport": 80}, "there is no layer 'tpc', .*did you mean tcp?"),
     "misspelt field": ({"tcp.dprot": 80}, "tcp has no field 'dprot', .*did you mean dport?"),
@@ -123,6 +135,18 @@ NONSENSE: dict[str, tuple[Match, str]] = {
     "unknown parameter": (lambda foo: True, "there is no layer 'foo'"),
     "no parameter": (lambda: True, "it has no parameters"),
     "an annotation that is no layer": (of_number, "parameter 'packet': <class 'int'> is no Scapy layer"),
+    "a number as text": ({"tcp.dport": "80"}, r"tcp.dport: it is never '80', but a value of type int"),
+    "text for bytes": ({"raw.load": "GET"}, "raw.load: it is never 'GET', but a value of type bytes"),
+    "none": ({"tcp.dport": None}, "tcp.dport: it is never None"),
+    "one of nothing": ({"tcp.dport": set()}, "tcp.dport: there is nothing in set()"),
+    "a network": ({"ip.src": "10.0.0.0/24"}, "ip.src: '10.0.0.0/24' is no address"),
+    "a name": ({"net.dst": ["10.0.0.1", "server"]}, "net.dst: 'server' is no address"),
+    "the other version": ({"ip.src": "fd00::1"}, "ip.src: fd00::1 is an address of IPv6"),
+    "no flags": ({"tcp.flags": "SYN"}, "tcp.flags: 'SYN' has other letters than"),
+    "ids that are no list of them": ({"frame.vlans": (5, 7)}, "frame.vlans: it is never 5, but a value of type tuple"),
+    "any layer": (of_packet, "parameter 'packet': name the layer"),
+    "by position": (by_position, "parameter 'ip': layers are given by name"),
+    "many": (lambda *ip: True, "parameter 'ip': layers are given by name"),
     "neither": (5, "a match is a mapping of fields or a function, not 5"),  # type: ignore[dict-item]
 }
 
@@ -136,6 +160,30 @@ def test_a_match_that_makes_no_sense_is_refused_even_when_nothing_is_seen(match:
 def test_a_match_that_forgets_to_return_is_an_error() -> None:
     with pytest.raises(MatchError, match="is there a `return` missing"):
         Watch(Past(routed().frames)).expect_none(SERVER, no_return, during=0)
+
+
+async def later(tcp: TCP) -> bool:
+    return bool(tcp)
+
+
+ALWAYS_TRUE: dict[str, Match] = {
+    "a tuple": lambda ip, tcp: (ip.src == "10.0.0.9", tcp.dport == 81),
+    "a method that was not called": lambda tcp: tcp.haslayer,
+    "a generator": lambda tcp: (tcp.dport == port for port in (81,)),
+    "a coroutine": later,
+    "a condition that was not called": {"tcp.dport": lambda port: str(port).isdigit},
+}
+
+
+@pytest.mark.parametrize("match", ALWAYS_TRUE.values(), ids=ALWAYS_TRUE.keys())
+def test_a_match_that_is_always_true_is_an_error(match: Match) -> None:
+    with pytest.raises(MatchError, match="which is always true"):
+        Watch(Past(routed().frames)).expect(SERVER, match, within=0)
+
+
+def test_a_condition_that_forgets_to_return_is_an_error() -> None:
+    with pytest.raises(MatchError, match="is there a `return` missing"):
+        Watch(Past(routed().frames)).expect_none(SERVER, {"tcp.dport": lambda port: None}, during=0)
 
 
 def test_an_error_in_a_match_names_the_frame() -> None:
