@@ -15,7 +15,7 @@ from operator import truediv
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.frames import Frame
-from testbed.headers import TCP, UDP, IpPacket
+from testbed.headers import PROTOCOL_NAMES, TCP, UDP, IpPacket
 
 if TYPE_CHECKING:
     from scapy.packet import Packet
@@ -89,8 +89,8 @@ def layer_in(frame: Frame, name: str) -> Packet | Frame | None:
 
 
 def instance_in(frame: Frame, layer: type[Any]) -> Packet | None:
-    """The outermost layer of a Scapy class; for the base class of ICMPv6, of any message."""
-    return frame.packet.getlayer(layer, _subclass=layer is layer_class("icmpv6"))
+    """The outermost layer of a Scapy class; for the base classes of ICMPv6 and of VLAN tags, of any of them."""
+    return frame.packet.getlayer(layer, _subclass=layer in (layer_class("icmpv6"), layer_class("vlan")))
 
 
 def packet_of(fields: Mapping[str, object]) -> Packet:
@@ -170,7 +170,11 @@ def read_field(frame: Frame, layer: str, field: str) -> object:
     """A field's value; MISSING when the frame has no such layer."""
     if (reader := _QUICK.get((layer, field))) is not None:
         value = None if frame.ip is None else reader(frame.ip)
-        return MISSING if value is None else value
+        if value is not None:
+            return value
+        if frame.ip is not None and frame.ip.protocol in PROTOCOL_NAMES:
+            return MISSING
+        # Something else is in it, a tunnel perhaps, and what is in that Scapy knows.
     found = layer_in(frame, layer)
     return MISSING if found is None else getattr(found, field, MISSING)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Dot1AD, Dot1Q
 from scapy.packet import Packet
 from scenes import CLIENT, GATEWAY_IN, GATEWAY_OUT, POINTS, ROUTED, SENT, SERVER, Scene, ip, talk
 
@@ -95,6 +96,9 @@ MATCHES: dict[str, tuple[Match, Packet, bool]] = {
     "an address that is no text": ({"ip.dst": IPv4Address("10.0.0.2")}, V4 / UDP(), True),
     "a link address in capitals": ({"ether.src": "02:00:00:00:00:01".upper()}, V4 / UDP(), True),
     "payload": ({"raw.load": b"hello"}, V4 / UDP(dport=9) / b"hello", True),
+    "a port in a tunnel": ({"tcp.dport": 80}, V4 / IP() / TCP(dport=80), True),
+    "an address in a tunnel of the other version": ({"ipv6.src": "fd00::1"}, V4 / V6 / UDP(), True),
+    "the outer of two tags": ({"vlan.vlan": 10}, Dot1AD(vlan=10) / Dot1Q(vlan=20) / V4, True),
     "the frame": ({"frame.outgoing": False}, V4 / UDP(), False),
     "a lambda": (lambda ip, tcp: ip.dst == "10.0.0.2" and tcp.flags.S, V4 / TCP(), True),
     "a lambda with a layer that is not there": (lambda ip, tcp: True, V4 / UDP(), False),
