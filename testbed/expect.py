@@ -94,6 +94,8 @@ class Watch:
         self, *steps: tuple[str, Match], within: float = WITHIN, since: int | None = None
     ) -> list[Frame]:
         """Frames must be seen in this order, each at its point, whatever comes between; returns one for each step."""
+        if not steps:
+            raise ValueError("a sequence has at least one step")
         matchers = [(at, matcher_of(match)) for at, match in steps]
         begin = self._from(since)
         found = self._wait(lambda: self._whole_sequence(matchers, begin), within)
@@ -169,7 +171,11 @@ class Watch:
         return seen
 
     def _from(self, since: int | None) -> int:
-        return self._since if since is None else since
+        if since is None:
+            return self._since
+        if since > self._source.mark():
+            raise ValueError(f"since={since} is in the future; give what mark() returned")
+        return since
 
     def _wait(self, look: Callable[[], _Found | None], within: float) -> _Found | None:
         """Look until something is found or time is up; then once more at all that was captured until now."""
@@ -275,6 +281,10 @@ def _bounds(count: int | range | None) -> tuple[int, int | None]:
             least, most = count.start, count.stop - 1
         case int():
             least = most = count
+        case _:
+            raise ValueError(f"count={count!r}: give a number or a range")
+    if isinstance(count, range) and count.step != 1:
+        raise ValueError(f"count={count}: give a range without steps")
     if least < 1 or most < least:
         raise ValueError(f"count={count}: give 1 or more, or use expect_none")
     return least, most

@@ -252,6 +252,20 @@ def test_a_count_that_says_nothing_is_refused(count: int | range) -> None:
         Watch(Past([])).expect(SERVER, count=count)
 
 
+@pytest.mark.parametrize("count", [range(1, 9, 2), 2.5, "3"])
+def test_a_count_that_is_none_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="give a"):
+        Watch(Past(routed().frames)).expect(CLIENT, count=count)
+
+
+def test_the_future_and_a_sequence_of_nothing_are_refused() -> None:
+    watch = Watch(Past(routed().frames))
+    with pytest.raises(ValueError, match="is in the future"):
+        watch.expect_none(CLIENT, since=watch.mark() + 1)
+    with pytest.raises(ValueError, match="at least one step"):
+        watch.expect_sequence()
+
+
 def test_a_failure_shows_expected_beside_seen_and_the_nearest_misses_field_by_field() -> None:
     watch = Watch(Past(routed().frames))
     text = text_of(lambda: watch.expect(SERVER, {"ip.src": "10.0.0.1", "tcp.dport": 80, "tcp.flags": "S"}, within=0.05))
