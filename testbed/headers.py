@@ -12,7 +12,7 @@ Rules that hold here:
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import Struct
 from typing import Final
 
@@ -58,6 +58,7 @@ class Layout:
 
     `end` is behind the last byte that the IP header claims, which link padding is not part of; with `is_truncated`
     fewer bytes are there. `is_rerouted`: a routing header hides the final destination.
+    `is_embedded`: it was found within an ICMP error.
     """
 
     version: int
@@ -74,6 +75,7 @@ class Layout:
     has_more_fragments: bool
     is_truncated: bool
     is_rerouted: bool
+    is_embedded: bool = False
 
     @property
     def is_fragment(self) -> bool:
@@ -158,16 +160,18 @@ def locate(data: bytes, ethernet: Ethernet) -> Layout | None:
 
 
 def locate_embedded(data: bytes, layout: Layout) -> Layout | None:
-    """Find the packet that an ICMP error carries."""
+    """Find the packet that an ICMP error carries; for an error that is itself within one, there is none."""
     start = layout.transport + 8
-    if layout.is_fragment or len(data) < start:
+    if layout.is_fragment or layout.is_embedded or len(data) < start:
         return None
     kind = data[layout.transport]
     if layout.protocol == ICMP and kind in _ICMP_ERRORS:
-        return _locate_ipv4(data, start)
-    if layout.protocol == ICMPV6 and kind in _ICMPV6_ERRORS:
-        return _locate_ipv6(data, start)
-    return None
+        embedded = _locate_ipv4(data, start)
+    elif layout.protocol == ICMPV6 and kind in _ICMPV6_ERRORS:
+        embedded = _locate_ipv6(data, start)
+    else:
+        return None
+    return None if embedded is None else replace(embedded, is_embedded=True)
 
 
 def read_packet(data: bytes, layout: Layout) -> IpPacket:

@@ -138,3 +138,13 @@ def test_no_damage_to_a_packet_raises(data: bytes, cut: int, place: int, value: 
     odd = Frame("left:eth0", 0, bytes(damaged[: len(data) - cut % len(data)]), outgoing=False, half_checksum=half)
     assert describe(odd)
     assert checksum_errors(odd) is not None
+
+
+def test_errors_about_errors_about_errors_are_read_no_deeper_than_the_first() -> None:
+    level = bytes(IP(src="10.0.0.1", dst="10.0.0.2", proto=1, len=0) / ICMP(type=3, code=1))
+    packet = Frame("left:eth0", 1, bytes(12) + b"\x08\x00" + level * 2000, outgoing=False).ip
+    assert packet is not None
+    assert packet.icmp is not None
+    assert packet.icmp.embedded is not None
+    assert packet.icmp.embedded.icmp is not None
+    assert packet.icmp.embedded.icmp.embedded is None
