@@ -37,7 +37,7 @@ class Leg:
         """When its first packet was seen, nanoseconds since the epoch."""
         return self.journeys[0].first.time_ns
 
-    @property
+    @cached_property
     def ended(self) -> int:
         """When its last packet was seen last."""
         return max(journey.hops[-1].frame.time_ns for journey in self.journeys)
@@ -107,13 +107,19 @@ def connections(journeys: Iterable[Journey]) -> list[Connection]:
     """
     legs = [Leg(part) for group in _grouped(list(journeys)) for part in _split(group)]
     groups: list[list[Leg]] = []
+    # By the node in which their last leg ends: only there it can be relayed, and there may be thousands.
+    ending: defaultdict[str, list[list[Leg]]] = defaultdict(list)
     for leg in sorted(legs, key=lambda leg: leg.began):
+        nearby = ending[_node(leg.opening.hops[0].point)]
         # Of equally close ones the first: connections are relayed in the order in which they came.
-        closest = max(groups, key=lambda group: _kinship(group[-1], leg), default=None)
+        closest = max(nearby, key=lambda group: _kinship(group[-1], leg), default=None)
         if closest is not None and _kinship(closest[-1], leg):
+            nearby.remove(closest)
             closest.append(leg)
         else:
-            groups.append([leg])
+            closest = [leg]
+            groups.append(closest)
+        ending[_node(leg.opening.hops[-1].point)].append(closest)
     return [Connection(tuple(group)) for group in groups]
 
 
