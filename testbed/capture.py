@@ -157,7 +157,7 @@ class CaptureSession:
         for at in chosen:
             self._tap(at)
             if not statistics[at].armed:
-                problems.append(f"{at} is not capturing: the interface is down or gone")
+                problems.append(f"{at} is not capturing: the interface is down or gone, or has another name now")
             if dropped := statistics[at].dropped:
                 problems.append(f"{at} lost {dropped} frames, beside {statistics[at].seen} that it saw")
         if problems:
@@ -194,10 +194,10 @@ class CaptureSession:
         }
 
     def _running(self, points: Sequence[str]) -> set[str]:
-        """The points whose sockets the kernel hands frames to, as it says itself."""
+        """The points whose sockets the kernel hands frames to, of interfaces of that name, as it says itself."""
         namespaces = {self._points[label].namespace for label in points}
-        inodes = {inode for namespace in namespaces for inode in _running_inodes(namespace)}
-        return {label for label in points if self._taps[label].ring.inode in inodes}
+        running = {inode: name for namespace in namespaces for inode, name in _running_inodes(namespace)}
+        return {label for label in points if running.get(self._taps[label].ring.inode) == self._points[label].interface}
 
     def __enter__(self) -> Self:
         self.start()
@@ -252,12 +252,13 @@ def _explain(error: OSError, size: int) -> str:
             return error.strerror or str(error)
 
 
-def _running_inodes(namespace: Namespace) -> Iterator[int]:
-    """The packet sockets of a namespace that are hooked into an interface (or into all)."""
+def _running_inodes(namespace: Namespace) -> Iterator[tuple[int, str]]:
+    """The packet sockets of a namespace that are hooked into an interface, and what that is called now."""
     with namespace.entered():
         table = Path("/proc/thread-self/net/packet").read_text()
+        names = dict(socket.if_nameindex())
     for line in table.splitlines()[1:]:
         # sk, references, type, protocol, interface, running, memory, user, inode
         columns = line.split()
         if columns[5] == "1":
-            yield int(columns[8])
+            yield int(columns[8]), names.get(int(columns[4]), "")

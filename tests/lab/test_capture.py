@@ -269,6 +269,17 @@ def test_an_interface_that_goes_down_is_an_error_until_it_is_up_again(link: Wire
         wait_until(lambda: b"back" in _payloads(session, "right:eth0"), "the captures see frames again")
 
 
+def test_an_interface_that_has_another_name_now_is_an_error(link: Wire, tmp_path: Path) -> None:
+    with CaptureSession(link.points, tmp_path) as session:
+        with routes(link.left) as netlink:
+            index = netlink.link_lookup(ifname="eth0")[0]
+            netlink.link("set", index=index, state="down")
+            netlink.link("set", index=index, ifname="old0", state="up")
+        with pytest.raises(CaptureError, match=r"left:eth0 is not capturing: .*another name"):
+            session.verify()
+        session.verify(["right:eth0"])
+
+
 def _gets_through(sender: socket.socket) -> bool:
     try:
         return sender.send(b"back") == 4
