@@ -29,6 +29,7 @@ _BYTE_ORDER: Final = 0x1A2B3C4D
 _LINK_ETHERNET: Final = 1
 _SNAP_LENGTH: Final = 1 << 18
 
+_LONGEST_OPTION: Final = 0xFFFF
 _END: Final = pack("<HH", 0, 0)
 _COMMENT: Final = 1
 _INTERFACE_NAME: Final = 2
@@ -103,7 +104,7 @@ def add_comments(path: Path, comments: Mapping[int, Sequence[str]]) -> None:
             for kind, body in _blocks(source):
                 number += kind == _PACKET
                 if kind == _PACKET and number in comments:
-                    options = b"".join(_option(_COMMENT, text.encode()) for text in comments[number])
+                    options = b"".join(_option(_COMMENT, _fitting(text)) for text in comments[number])
                     size = unpack("<I", body[12:16])[0]
                     behind_data = 20 + size + -size % 4
                     body = body[:behind_data] + options + body[behind_data:]
@@ -126,6 +127,11 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _block(kind: int, body: bytes) -> bytes:
     length = len(body) + 12
     return pack("<II", kind, length) + body + pack("<I", length)
+
+
+def _fitting(text: str) -> bytes:
+    """A text of as many bytes as an option can hold, whole characters."""
+    return text.encode()[:_LONGEST_OPTION].decode(errors="ignore").encode()
 
 
 def _option(code: int, value: bytes) -> bytes:

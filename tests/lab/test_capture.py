@@ -280,6 +280,15 @@ def test_an_interface_that_has_another_name_now_is_an_error(link: Wire, tmp_path
         session.verify(["right:eth0"])
 
 
+def test_a_comment_longer_than_the_file_can_hold_is_cut(link: Wire, tmp_path: Path) -> None:
+    with link.udp_sender() as sender, CaptureSession(link.points, tmp_path) as session:
+        sender.send(b"x")
+        session.settle()
+        session.annotate(session.frames("left:eth0")[0], "x" + "→" * 30_000)
+    comments = [comment for _, about in _read_back(session.path) for comment in about.comments or []]
+    assert [comment.decode() for comment in comments] == ["x" + "→" * 21_844]
+
+
 def _gets_through(sender: socket.socket) -> bool:
     try:
         return sender.send(b"back") == 4
