@@ -7,6 +7,7 @@ match serves both; `frame` is the captured frame itself.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -49,7 +50,7 @@ _OF_FRAMES: Final[dict[str, tuple[type[Any], ...]]] = {
     "number": (int,),
     "vlans": (tuple,),
 }
-_TCP_FLAGS: Final = "FSRPAUECN"
+_MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 NAMES: Final = ("frame", "net", *_CLASSES)
 
 
@@ -132,24 +133,45 @@ def check_field(layer: str, field: str) -> None:
 
 
 def check_value(layer: str, field: str, value: object) -> object:
-    """The value as the field has it; MatchError when the field, known by `check_field`, can never be equal to it."""
+    """The value as frames have it in that field, known by `check_field`; MatchError when none can ever have it."""
     name = f"{layer}.{field}"
-    if (versions := _ADDRESSES.get(name)) is not None:
-        try:
-            address = ipaddress.ip_address(value)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise MatchError(f"{name}: {value!r} is no address") from error
-        if address.version not in versions:
-            raise MatchError(f"{name}: {value} is an address of IPv{address.version}")
-        return str(address)
+    try:
+        if (versions := _ADDRESSES.get(name)) is not None:
+            return _address(value, versions)
+        if isinstance(value, str | int) and layer not in ("frame", "net", "icmpv6"):
+            return _as_scapy_has_it(layer, field, value)
+    except Exception as error:  # whatever Scapy says of a value
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise MatchError(f"{name} is never {value!r}: {what}") from error
     kinds = _kinds(layer, field)
     if kinds and not isinstance(value, kinds):
-        raise MatchError(f"{name}: it is never {value!r}, but a value of type {kinds[0].__name__}")
-    if name == "ether.src" or name == "ether.dst":
-        return str(value).lower()
-    if name == "tcp.flags" and isinstance(value, str) and not set(value) <= set(_TCP_FLAGS):
-        raise MatchError(f"{name}: {value!r} has other letters than {_TCP_FLAGS}")
+        raise MatchError(f"{name} is never {value!r}, but a value of type {kinds[0].__name__}")
     return value
+
+
+def _address(value: object, versions: tuple[int, ...]) -> str:
+    address = ipaddress.ip_address(value if isinstance(value, str) else str(value))
+    if address.version not in versions:
+        raise ValueError(f"that is an address of IPv{address.version}")
+    return str(address)
+
+
+def _as_scapy_has_it(layer: str, field: str, value: str | int) -> object:
+    """What Scapy makes of a value that is put into a field, if it fits."""
+    from scapy.fields import ConditionalField, MACField, MultipleTypeField
+
+    description: Any = next(each for each in layer_class(layer).fields_desc if each.name == field)
+    while isinstance(description, ConditionalField):
+        description = description.fld
+    if isinstance(description, MultipleTypeField):
+        return value  # what it is depends on other fields
+    if isinstance(description, MACField):
+        if _MAC.fullmatch(seen := str(value).lower()) is None:
+            raise ValueError("a MAC address has six parts, as 02:00:00:00:00:01")
+        return seen
+    seen = description.any2i(None, value)
+    description.addfield(None, b"", seen)
+    return seen
 
 
 @cache
@@ -162,7 +184,7 @@ def _kinds(layer: str, field: str) -> tuple[type[Any], ...]:
     made = layer_class(layer)
     example = getattr(made(made().build()), field, None)
     if hasattr(example, "flagrepr"):
-        return (str, int)
+        return (type(example),)
     return next(((kind,) for kind in (int, bytes) if isinstance(example, kind)), ())
 
 

@@ -79,7 +79,7 @@ class _Fields(Matcher):
     """Fields with values, all of which must hold."""
 
     def __init__(self, fields: Mapping[str, object]) -> None:
-        split = [(*_split(name), _checked(name, value)) for name, value in fields.items()]
+        split = [(*(where := field_of(name)), _checked(*where, value)) for name, value in fields.items()]
         # What needs no dissection decides first.
         self._fields = sorted(split, key=lambda field: not is_quick(field[0], field[1]))
         self.conditions = [(f"{layer}.{field}", _expected_text(value)) for layer, field, value in split]
@@ -129,7 +129,8 @@ class _Predicate(Matcher):
         return {name: find(frame) for name, find in self._layers.items()}
 
 
-def _split(name: str) -> tuple[str, str]:
+def field_of(name: str) -> tuple[str, str]:
+    """The layer and the field that a name means; MatchError when there is no such thing."""
     layer, dot, field = name.partition(".")
     if not dot:
         raise MatchError(f"{name!r} names no field; write layer.field, as in ip.src")
@@ -137,14 +138,13 @@ def _split(name: str) -> tuple[str, str]:
     return layer, field
 
 
-def _checked(name: str, value: object) -> object:
-    """What is compared; MatchError when no such field can ever be equal to it."""
-    layer, _, field = name.partition(".")
+def _checked(layer: str, field: str, value: object) -> object:
+    """What a field is compared with, as frames have it; MatchError when no such field can ever be equal to it."""
     if callable(value):
         return value
     if isinstance(value, Collection) and not isinstance(value, str | bytes):
         if not value:
-            raise MatchError(f"{name}: there is nothing in {value!r} that it could be")
+            raise MatchError(f"{layer}.{field}: there is nothing in {value!r} that it could be")
         return value if isinstance(value, range) else [check_value(layer, field, one) for one in value]
     return check_value(layer, field, value)
 

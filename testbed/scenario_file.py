@@ -17,7 +17,7 @@ from testbed.documents import Document, DocumentError, Problem, Where, shape_pro
 from testbed.expect import DURING, WITHIN
 from testbed.impair import is_impaired
 from testbed.layers import MatchError, packet_of
-from testbed.matching import matcher_of
+from testbed.matching import field_of, matcher_of
 from testbed.scenario import (
     Change,
     ChangeLinks,
@@ -143,7 +143,7 @@ class _Reader:
         if len(points) == 2:
             self._refuse(where, value, ("count", "never"), "not with two points")
             for place, name in enumerate(changed):
-                self._check_fields((*where, "changed", place), {name: 0})
+                self._try((*where, "changed", place), field_of, name)
             return ExpectSame((points[0], points[1]), match, changed, within)
         self._refuse(where, value, ("changed",), "only with two points")
         if "never" in value:
