@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from nfq_engine.core.decision import Reason
 from testbed.documents import Document, DocumentError, Problem, Where, shape_problems
 from testbed.expect import DURING, WITHIN
 from testbed.impair import is_impaired
@@ -41,6 +42,9 @@ from testbed.topology_reader import duration, impairment, service
 
 SCHEMA: Final = Path(__file__).with_name("scenario.schema.json")
 _STEPS: Final = "steps"  # the key that no topology has
+
+_HOOKS: Final = ("PREROUTING", "OUTPUT", "POSTROUTING")  # where an engine takes packets, and counts them
+_REASONS: Final = tuple(reason.value for reason in Reason)
 
 _Raw = TypeVar("_Raw")
 _Value = TypeVar("_Value")
@@ -157,6 +161,10 @@ class _Reader:
             hook, dot, reason = name.partition(".")
             if not dot:
                 self.problems.append(((*where, "counters", name), "write hook.reason, as in PREROUTING.redirect"))
+            else:
+                where_named = (*where, "counters", name)
+                self._known(where_named, hook, _HOOKS, "hook")
+                self._known(where_named, reason, _REASONS, "counter")
             counters[hook, reason] = count
         self._require_engine((*where, "in"), value["in"])
         within = self._time(where, value, "within", WITHIN)
