@@ -205,7 +205,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     logs = _directory(topology, directory)
     try:
         with _progress(f"building {topology.name}"):
-            record = registry.up(topology, logs)
+            record = registry.up(topology, logs.absolute())
     except RegistryError:
         if directory is None:
             shutil.rmtree(logs)
@@ -214,7 +214,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_as_values(record)))
     else:
-        click.echo(f"{record.name} is up: {', '.join(record.nodes)}; logs and captures in {record.directory}")
+        click.echo(f"{record.name} is up: {', '.join(record.nodes)}; logs and captures in {logs}")
 
 
 @main.command(epilog=_examples("down", "down transparent-proxy --json"))

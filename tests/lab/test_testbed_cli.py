@@ -34,10 +34,13 @@ links:
 """
 
 
-def run_testbed(*words: str | Path, within: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def run_testbed(
+    *words: str | Path, within: float = PATIENCE, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, in a folder."""
     return subprocess.run(
         [sys.executable, "-m", "testbed.cli", *map(str, words)],
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -125,6 +128,19 @@ def test_a_report_tells_what_a_running_lab_did_so_far(lab: str, tmp_path: Path) 
     elsewhere = tmp_path / "elsewhere.html"
     assert run_testbed("report", lab, "-o", elsewhere).stdout == f"{elsewhere}\n"
     assert "→ 10.0.0.2:1: " in elsewhere.read_text()
+
+
+def test_a_lab_is_found_from_another_folder_than_that_where_it_was_started(
+    file: Path, name: str, tmp_path: Path
+) -> None:
+    done = run_testbed("up", file, "--directory", "logs", folder=tmp_path)
+    try:
+        assert done.stdout == f"{name} is up: a, b; logs and captures in logs\n"
+        assert str(tmp_path / "logs") in run_testbed("ls").stdout
+        told = run_testbed("report", name)
+        assert (told.returncode, told.stdout) == (0, f"{tmp_path / 'logs' / 'report.html'}\n"), told.stderr
+    finally:
+        run_testbed("down", name)
 
 
 def test_a_report_is_opened_in_the_browser_or_says_that_there_is_none(
