@@ -294,7 +294,8 @@ def list_labs(*, as_json: bool) -> None:
     table = Table("lab", "nodes", "keeper", "logs and captures", box=None, pad_edge=False)
     for record in records:
         table.add_row(record.name, " ".join(record.nodes), str(record.pid), record.directory)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
+    console = Console() if is_terminal else Console(width=200)
     console.print(table)
 
 
@@ -320,7 +321,7 @@ def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
 @_node
 def shell(lab: str | None, node: str) -> None:
     """Open a shell ($SHELL, or /bin/sh) in a node of a running lab."""
-    _become(registry.find(lab), node, (os.environ.get("SHELL", "/bin/sh"),))
+    _become(registry.find(lab), node, (os.environ.get("SHELL") or "/bin/sh",))
 
 
 @main.command(
@@ -414,8 +415,9 @@ def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
     with record.namespace(node) as namespace, namespace.entered():
         try:
             os.execvpe(command[0], command, environment())
-        except OSError as error:
-            raise LabError(f"{node}: cannot run {command[0]!r}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise LabError(f"{node}: cannot run {command[0]!r}: {why}") from error
 
 
 def _tell_impairments(topology: Topology) -> None:

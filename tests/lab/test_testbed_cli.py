@@ -168,13 +168,16 @@ def test_exec_ends_as_the_command_does_and_names_what_is_not_there(lab: str) -> 
     missing = run_testbed("exec", "--lab", lab, "b", "--", "no-such-command")
     assert missing.returncode == 1
     assert missing.stderr == "Error: b: cannot run 'no-such-command': No such file or directory\n"
+    nothing = run_testbed("exec", "--lab", lab, "b", "--", "")
+    assert (nothing.returncode, nothing.stderr.startswith("Error: b: cannot run '': ")) == (1, True), nothing.stderr
 
 
-def test_a_shell_is_inside(lab: str) -> None:
+@pytest.mark.parametrize("shell", ["/bin/sh", ""])
+def test_a_shell_is_inside(lab: str, shell: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "testbed.cli", "shell", "--lab", lab, "b"],
         input="ip -brief address show eth0\n",
-        env={**os.environ, "SHELL": "/bin/sh"},
+        env={**os.environ, "SHELL": shell},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -297,6 +300,13 @@ def test_a_reader_that_has_enough_is_no_error(file: Path) -> None:
     with plan:
         plan.stdout.close()
         assert plan.stderr.read() == ""
+
+
+def test_a_closed_output_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m testbed.cli ls >&-"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_plan_can_be_read_and_parsed(file: Path) -> None:
