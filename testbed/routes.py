@@ -44,39 +44,56 @@ def _routes(graph: _Graph, node: Node) -> list[tuple[Network, Gateway]]:
 
 
 class _Graph:
-    """Who hears whom, worked out once for a topology."""
+    """Who hears whom, worked out once for a topology.
+
+    Each family has ways of its own: a link may carry one and not the other. Link-local addresses are no part of any: a
+    route by one would have to name the interface, and what lies behind it is the link itself.
+    """
 
     def __init__(self, topology: Topology) -> None:
-        self._subnets: dict[str, set[_Subnet]] = defaultdict(set)
-        self._routers = {node.name for node in topology.nodes if node.kind is Kind.ROUTER}
-        self._neighbours: dict[str, list[End]] = defaultdict(list)
+        routers = {node.name for node in topology.nodes if node.kind is Kind.ROUTER}
+        # By family and node: its subnets, and the routers next to it.
+        self._subnets: dict[int, dict[str, set[_Subnet]]] = {family: defaultdict(set) for family in _DEFAULT}
+        self._gateways: dict[int, dict[str, list[tuple[str, Gateway]]]] = {
+            family: defaultdict(list) for family in _DEFAULT
+        }
         for segment in topology.segments():
             for end in segment:
-                self._subnets[end.node].update(map(_subnet, end.addresses))
-                self._neighbours[end.node] += [other for other in segment if other.node != end.node]
+                own = {_subnet(address) for address in _routed(end)}
+                for subnet in own:
+                    self._subnets[subnet[0]][end.node].add(subnet)
+                for other in segment:
+                    if other.node != end.node and other.node in routers:
+                        for version, gateway in _gateways(other, own).items():
+                            self._gateways[version][end.node].append((other.node, gateway))
 
     def ways(self, start: str) -> _Ways:
         """The subnets that are not a node's own, by the gateway of the shortest way to them (breadth first)."""
-        own = self._subnets[start]
-        known = set(own)
-        found: _Ways = {4: defaultdict(set), 6: defaultdict(set)}
+        return {version: self._ways(version, start) for version in _DEFAULT}
+
+    def _ways(self, version: int, start: str) -> dict[Gateway, set[_Subnet]]:
+        subnets, gateways = self._subnets[version], self._gateways[version]
+        known = set(subnets[start])
+        found: dict[Gateway, set[_Subnet]] = defaultdict(set)
         reached = {start}
-        queue: deque[tuple[str, dict[int, Gateway]]] = deque([(start, {})])
+        queue: deque[tuple[str, Gateway | None]] = deque([(start, None)])
         while queue:
             name, first_hop = queue.popleft()
-            for neighbour in self._neighbours[name]:
-                if neighbour.node in reached or neighbour.node not in self._routers:
+            for neighbour, gateway in gateways[name]:
+                if neighbour in reached:
                     continue
-                hop = first_hop if name != start else _gateways(neighbour, own)
-                if not hop:
-                    continue
-                reached.add(neighbour.node)
-                queue.append((neighbour.node, hop))
-                for subnet in self._subnets[neighbour.node] - known:
-                    if gateway := hop.get(subnet[0]):
-                        known.add(subnet)
-                        found[subnet[0]][gateway].add(subnet)
+                reached.add(neighbour)
+                hop = first_hop or gateway
+                queue.append((neighbour, hop))
+                if fresh := subnets[neighbour] - known:
+                    known |= fresh
+                    found[hop] |= fresh
         return found
+
+
+def _routed(end: End) -> list[Address]:
+    """The addresses of an end that routes may begin at or lead to."""
+    return [address for address in end.addresses if not (address.version == 6 and address.is_link_local)]
 
 
 def _subnet(address: Address) -> _Subnet:
@@ -85,8 +102,8 @@ def _subnet(address: Address) -> _Subnet:
 
 
 def _gateways(neighbour: End, own: set[_Subnet]) -> dict[int, Gateway]:
-    """By family, the neighbour's address that a node with these subnets reaches without a gateway."""
-    return {address.version: address.ip for address in reversed(neighbour.addresses) if _subnet(address) in own}
+    """By family, the neighbour's address that an end with these subnets reaches without a gateway."""
+    return {address.version: address.ip for address in reversed(_routed(neighbour)) if _subnet(address) in own}
 
 
 def _collapsed(subnets: set[_Subnet]) -> list[Network]:

@@ -108,6 +108,48 @@ def test_hosts_on_a_bridge_reach_each_other_without_a_route_and_others_by_the_ro
     assert found["a"] == found["b"] == {"0.0.0.0/0": "10.0.0.3", "::/0": "fd00::3"}
 
 
+SIDE_BY_SIDE = """
+name: side-by-side
+nodes:
+  client: {}
+  near: {kind: router}
+  over6: {kind: router}
+  far: {kind: router}
+  server: {}
+links:
+  - ends: [{node: client, addresses: auto4}, {node: near, addresses: auto4}]
+  - ends: [{node: client, addresses: auto6}, {node: near, addresses: auto6}]
+  - ends: [{node: near, addresses: auto4}, {node: far, addresses: auto4}]
+  - ends: [{node: near, addresses: auto6}, {node: over6, addresses: auto6}]
+  - ends: [{node: over6, addresses: auto6}, {node: far, addresses: auto6}]
+  - ends: [{node: far}, {node: server}]
+"""
+
+
+def test_each_family_takes_the_way_that_carries_it() -> None:
+    found = ways(loads(SIDE_BY_SIDE))
+    assert found["client"] == {"0.0.0.0/0": "10.0.0.2", "::/0": "fd00:0:0:1::2"}
+    assert found["near"] == {
+        "10.0.5.0/24": "10.0.2.2",
+        "fd00:0:0:4::/63": "fd00:0:0:3::2",
+    }
+    assert found["far"]["fd00:0:0:1::/64"] == "fd00:0:0:4::1"
+
+
+LINK_LOCAL = """
+name: link-local
+nodes: {a: {}, r: {kind: router}, b: {}}
+links:
+  - ends: [{node: a, addresses: ["fe80::a/64"]}, {node: r, addresses: ["fe80::1/64"]}]
+  - ends: [{node: r, addresses: ["fe80::1/64", "fd00::1/64"]}, {node: b, addresses: ["fe80::b/64", "fd00::b/64"]}]
+"""
+
+
+def test_no_route_goes_by_a_link_local_address_or_leads_to_one() -> None:
+    found = ways(loads(LINK_LOCAL))
+    assert found == {"a": {}, "r": {}, "b": {}}
+
+
 def test_no_way_leads_through_a_host() -> None:
     text = "name: x\nnodes: {a: , h: , b: }\nlinks: [{ends: [{node: a}, {node: h}]}, {ends: [{node: h}, {node: b}]}]"
     assert ways(loads(text)) == {"a": {}, "h": {}, "b": {}}
