@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import Any, Final
 import jsonschema
 import referencing
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import Node
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.tag import Tag
 
 Where = tuple[str | int, ...]  # a path into a document, spelled as there
 Problem = tuple[Where, str]
@@ -27,6 +32,19 @@ _MOST: Final = 100_000  # values, and keys with them; a star of 50 clients has 6
 
 class DocumentError(Exception):
     """A document that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
+
+
+class _Constructor(RoundTripConstructor):
+    """Makes values; one that cannot be made (a date that there is not, a tag that does not fit) is told by place."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (YAMLError, RecursionError):
+            raise
+        except Exception as problem:
+            what = f"{problem}" if isinstance(problem, ValueError) else f"no value of the kind {node.tag}"
+            raise ConstructorError(None, None, what, node.start_mark) from problem
 
 
 class Document:
@@ -49,16 +67,22 @@ class Document:
     @classmethod
     def parse(cls, text: str, source: str, error: type[DocumentError]) -> Document:
         """Read YAML text, with lines and columns kept."""
+        yaml = YAML(typ="rt")
+        yaml.Constructor = _Constructor
         try:
-            return cls(YAML(typ="rt").load(text), source, error)
+            return cls(yaml.load(text), source, error)
         except MarkedYAMLError as problem:
             mark = problem.problem_mark or problem.context_mark
             at = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
             raise error(f"{source}{at}: {problem.problem or problem.context}") from problem
-        except (YAMLError, ValueError) as problem:
-            raise error(f"{source}: {' '.join(str(problem).split())}") from problem
+        except ReaderError as problem:
+            before = text[: problem.position].splitlines(keepends=True) or [""]
+            at = f":{len(before)}:{len(before[-1]) + 1}"
+            raise error(f"{source}{at}: a character that YAML does not allow: {text[problem.position]!r}") from problem
         except RecursionError as problem:
             raise error(f"{source}: nested too deeply") from problem
+        except Exception as problem:  # what a mapping that is merged into itself comes to, for one
+            raise error(f"{source}: {' '.join(str(problem).split())}") from problem
 
     def refuse(self, found: Sequence[Problem]) -> None:
         """Raise the error that tells these problems, in the order of the file; nothing if there are none."""
@@ -85,6 +109,12 @@ def _alien_values(document: Any) -> list[Problem]:
             return [(where[:2], "nested too deeply")]
         if isinstance(value, str) and "\0" in value:
             found.append((where, "a NUL byte"))
+        elif isinstance(value, str) and any("\ud800" <= each <= "\udfff" for each in value):
+            found.append((where, "half of a pair of surrogates is no character"))
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append((where, f"{value} is no finite number"))
+        elif tag := _tag(value):
+            found.append((where, f"the tag {tag} means nothing here: text is written with quotes"))
         elif isinstance(value, Mapping):
             left += [((*where, key), inner) for key, inner in value.items()]
             aliens = [key for key in value if not isinstance(key, str)]
@@ -92,6 +122,12 @@ def _alien_values(document: Any) -> list[Problem]:
         elif isinstance(value, Sequence) and not isinstance(value, str):
             left += [((*where, place), inner) for place, inner in enumerate(value)]
     return [((), f"more than {_MOST} values, those of an alias counted each time")]
+
+
+def _tag(value: Any) -> str:
+    """The tag that a value was given, as it is written; empty where there is none."""
+    tag = getattr(value, "tag", None)
+    return f"{tag.handle or ''}{tag.suffix}" if isinstance(tag, Tag) and tag.suffix else ""
 
 
 @cache
@@ -111,7 +147,7 @@ def _schema_problems(document: Any, schema: Path) -> list[Problem]:
     for error in _validator(schema).iter_errors(document):
         # Of alternatives, the one that came furthest is the one that was meant.
         while error.context:
-            error = max(error.context, key=lambda inner: (len(inner.absolute_path), inner.validator != "type"))
+            error = max(error.context, key=_nearness)
         where = tuple(error.absolute_path)
         if error.validator == "additionalProperties":
             found += [((*where, key), what) for key, what in _unknown_keys(error)]
@@ -122,6 +158,11 @@ def _schema_problems(document: Any, schema: Path) -> list[Problem]:
         else:
             found.append((where, error.message))
     return found
+
+
+def _nearness(error: jsonschema.ValidationError) -> tuple[int, bool, bool]:
+    """How near a value came to one of its alternatives; who wrote something did not mean nothing."""
+    return len(error.absolute_path), error.validator != "type", error.validator_value != "null"
 
 
 def _unknown_keys(error: jsonschema.ValidationError) -> list[tuple[str, str]]:
