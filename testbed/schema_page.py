@@ -183,7 +183,10 @@ def _bounds(schema: Schema) -> str:
         return f" from {schema['minimum']} to {schema['maximum']}"
     if "minimum" in schema:
         return f" from {schema['minimum']} on"
-    return f" above {schema['exclusiveMinimum']}" if "exclusiveMinimum" in schema else ""
+    if "exclusiveMinimum" not in schema:
+        return ""
+    most = f", at most {schema['maximum']}" if "maximum" in schema else ""
+    return f" above {schema['exclusiveMinimum']}{most}"
 
 
 def _cell(text: str) -> str:

@@ -7,11 +7,14 @@ and reading goes on, so that all such values are found.
 from __future__ import annotations
 
 import ipaddress
+import random
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from nfq_engine.core.rule_text import parse_command, split_words
+from nfq_engine.core.ruleset import Ruleset
 from testbed.addressing import FAMILIES
 from testbed.documents import Problem, Where
 from testbed.topology import (
@@ -42,6 +45,8 @@ _TPROXY_CALLS: Final = {
 }
 _DURATIONS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+_LONGEST: Final = 24 * 60 * 60.0  # seconds
+_FASTEST: Final = 10**12  # bits per second
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)")
 
 _Value = TypeVar("_Value")
@@ -104,7 +109,7 @@ class _Reader:
     def _engine(self, where: Where, value: Mapping[str, Any]) -> EngineSpec:
         rules = tuple(value.get("rules", ()))
         for at, rule in enumerate(rules):
-            self._try((*where, "rules", at), _words_of_rule, rule)
+            self._try((*where, "rules", at), _check_rule, rule)
         return EngineSpec(value.get("datapath", "inline"), rules, tuple(value.get("options", ())))
 
     def _link(self, where: Where, value: Mapping[str, Any]) -> Link:
@@ -169,22 +174,21 @@ def impairment(value: Mapping[str, Any]) -> tuple[Impairment, list[Problem]]:
     """An impairment, from a mapping that keeps to the schema's `impairment`, without what could not be read."""
     problems: list[Problem] = []
 
-    def quantity(key: str, units: Mapping[str, float]) -> float:
+    def quantity(key: str, read_text: Callable[[str], float]) -> float:
         try:
-            return _quantity(value[key], units) if key in value else 0.0
+            return read_text(value[key]) if key in value else 0.0
         except ValueError as error:
             problems.append(((key,), str(error)))
             return 0.0
 
-    percent = {"%": 0.01}
     found = Impairment(
-        delay=quantity("delay", _DURATIONS),
-        jitter=quantity("jitter", _DURATIONS),
-        loss=quantity("loss", percent),
-        duplicate=quantity("duplicate", percent),
-        reorder=quantity("reorder", percent),
-        corrupt=quantity("corrupt", percent),
-        rate=round(quantity("rate", _RATES)) or None,
+        delay=quantity("delay", duration),
+        jitter=quantity("jitter", duration),
+        loss=quantity("loss", _share),
+        duplicate=quantity("duplicate", _share),
+        reorder=quantity("reorder", _share),
+        corrupt=quantity("corrupt", _share),
+        rate=round(quantity("rate", _rate)) or None,
         seed=value.get("seed"),
     )
     return found, problems + [((key,), what) for key, what in _contradictions(found)]
@@ -192,7 +196,10 @@ def impairment(value: Mapping[str, Any]) -> tuple[Impairment, list[Problem]]:
 
 def duration(text: str) -> float:
     """Seconds, from a number with its unit; ValueError when it is none."""
-    return _quantity(text, _DURATIONS)
+    seconds = _quantity(text, _DURATIONS)
+    if seconds > _LONGEST:
+        raise ValueError(f"{text!r} is more than a day")
+    return seconds
 
 
 def _words(command: str) -> list[str]:
@@ -202,11 +209,27 @@ def _words(command: str) -> list[str]:
     return words
 
 
-def _words_of_rule(rule: str) -> list[str]:
-    words = shlex.split(rule)
+def _share(text: str) -> float:
+    return _quantity(text, {"%": 0.01})
+
+
+def _rate(text: str) -> float:
+    rate = _quantity(text, _RATES)
+    if not 1 <= rate <= _FASTEST:
+        raise ValueError(f"{text!r} is not between 1bit and {_FASTEST // 10**9}gbit")
+    return rate
+
+
+def _check_rule(rule: str) -> None:
+    """ValueError, in the engine's own words, when the engine would not start with a rule."""
+    if "\n" in rule.strip():
+        raise ValueError("a rule is one line")
+    words = split_words(rule.strip())
     if words[:1] != ["-A"]:
         raise ValueError(f"a rule begins with -A: {rule!r}")
-    return words
+    draft = Ruleset(random.Random(0)).draft()
+    draft.execute(parse_command(words))
+    draft.check()
 
 
 def _interface_address(text: str) -> Address:

@@ -149,6 +149,9 @@ ERRORS = {
         "impair: {loss: 101%}",
         "22:14: links[1].impair.loss: more than 100 %",
     ),
+    "rate of nothing": ("mtu: 1400", "impair: {rate: 0bit}", "impair.rate: '0bit' is not between 1bit and 1000gbit"),
+    "delay beyond a day": ("mtu: 1400", "impair: {delay: 86401s}", "impair.delay: '86401s' is more than a day"),
+    "patience beyond a day": ("{port: 80}", "{port: 80, within: 86401}", "86401 is greater than the maximum of 86400"),
     "unknown key, with the nearest": (
         "kind: router",
         "knid: router",
@@ -198,6 +201,11 @@ ERRORS = {
         "kind: router",
         """setup: ["a 'b"]""",
         "5:13: nodes.gateway.setup[0]: No",
+    ),
+    "rule that the engine refuses": (
+        "-j TPROXY --on-port 50080",
+        "-j TPROXY",
+        '9:11: nodes.gateway.engine.rules[0]: TPROXY: option "--on-port" must be specified',
     ),
     "no YAML": ("kind: router", "kind: [router", "topology:6:12: expected ',' or ']'"),
     "no mapping": (LAB, "- a list", "1:1: document: ['a list'] is not of type 'object'"),
