@@ -47,7 +47,7 @@ from testbed.plan import (
     WaitReady,
 )
 from testbed.process import environment
-from testbed.topology import BRIDGE
+from testbed.topology import BRIDGE, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
 _ETHTOOL_STXCSUM: Final = 0x17  # linux/ethtool.h
@@ -213,10 +213,10 @@ class Builder:
         return rtnetlink.veth(
             left.interface,
             index,
-            left.mac or _mac(index),
+            left.mac or automatic_mac(index),
             right.interface,
             index + 1,
-            right.mac or _mac(index + 1),
+            right.mac or automatic_mac(index + 1),
             self.namespace(right.node).fileno(),
             operation.mtu,
         )
@@ -237,11 +237,6 @@ def _place(operation: Operation) -> str | None:
             return left.node
         case _:
             return operation.node
-
-
-def _mac(index: int) -> str:
-    """A locally administered MAC address, made of an interface index."""
-    return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
 
 
 def _stop_offload(interface: str) -> None:

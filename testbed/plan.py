@@ -13,7 +13,7 @@ from typing import Final, assert_never
 
 from testbed.impair import WIRE, described, disciplines, is_impaired, why_in_user_space, wire_ends
 from testbed.routes import routes
-from testbed.topology import BRIDGE, Address, End, Gateway, Impairment, Kind, Link, Network, Node, Topology
+from testbed.topology import BRIDGE, Address, End, Gateway, Impairment, Kind, Link, Network, Node, Topology, first_index
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
@@ -214,7 +214,7 @@ def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
     ways = routes(topology)
     for node in topology.nodes:
         operations += _configuration(topology, node, ways.get(node.name, ()))
-    operations += [WaitReady(node.name) for node in topology.nodes]
+    operations += [WaitReady(node.name) for node in topology.nodes if _may_be_ready(topology, node)]
     for node in topology.nodes:
         operations += _last_touches(topology, node)
     return operations
@@ -225,7 +225,7 @@ def _link(number: int, link: Link, kernel: Collection[str]) -> list[Operation]:
 
     The nodes' ends have the same indexes and MACs either way.
     """
-    index = 10 + 2 * number
+    index = first_index(number)
     if not is_impaired(link):
         return [MakeLink(link.left, link.right, link.mtu, index)]
     near, far = wire_ends(number)
@@ -294,8 +294,16 @@ def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network,
     return operations
 
 
+def _may_be_ready(topology: Topology, node: Node) -> bool:
+    """A bridge that joins nothing has no carrier, ever."""
+    return node.kind is not Kind.BRIDGE or bool(topology.ends_of(node.name))
+
+
 def _link_local(end: End) -> list[Address]:
-    """The link-local address of an interface with IPv6: its lower half is that of its first address."""
+    """The link-local address of an interface with IPv6 and none of its own: its lower half is its first address's."""
     ipv6 = [int(address.ip) for address in end.addresses if address.version == 6]
+    has_one = any(address.version == 6 and address.is_link_local for address in end.addresses)
     lower_half = (1 << 64) - 1
+    if has_one:
+        return []
     return [ipaddress.IPv6Interface((0xFE80 << 112 | ipv6[0] & lower_half, 64))] if ipv6 else []

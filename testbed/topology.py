@@ -19,6 +19,16 @@ BRIDGE: Final = "br0"  # the interface of a bridge node that joins the others
 ENGINE: Final = "tproxyd"  # the name that a node's engine has among its services
 
 
+def first_index(number: int) -> int:
+    """The index of the left end of the link of that number; that of the right end is the next."""
+    return 10 + 2 * number
+
+
+def automatic_mac(index: int) -> str:
+    """The locally administered MAC address of an interface that was given none, made of its index."""
+    return f"02:00:00:00:{index >> 8:02x}:{index & 0xFF:02x}"
+
+
 class Kind(StrEnum):
     """What a node is: an end, something that forwards packets, something that forwards frames."""
 

@@ -9,15 +9,32 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from testbed.documents import Problem, Where
-from testbed.topology import BRIDGE, ENGINE, Address, End, Kind, Link, Node, Service, Topology
+from testbed.topology import (
+    BRIDGE,
+    ENGINE,
+    Address,
+    End,
+    Gateway,
+    Kind,
+    Link,
+    Network,
+    Node,
+    Service,
+    Topology,
+    automatic_mac,
+    first_index,
+)
 
 _IPV6_LEAST_MTU: Final = 1280  # RFC 8200, section 5
 _SYSCTL: Final = re.compile(r"net(\.[A-Za-z0-9_-]+)+")
-_RESERVED: Final = {"lo", "all", "default"}  # interfaces that are there, and what sysctls call all of them
+_SYSCTL_OF_INTERFACE: Final = re.compile(r"net\.ipv[46]\.(?:conf|neigh)\.([^.]+)\.")
+_NO_MAC: Final = "00:00:00:00:00:00"
+_ALL_INTERFACES: Final = {"all", "default"}
+_RESERVED: Final = {"lo", *_ALL_INTERFACES}  # interfaces that are there, and what sysctls call all of them
 
 
 def problems(topology: Topology) -> list[Problem]:
@@ -36,7 +53,8 @@ def _node_problems(topology: Topology) -> Iterator[Problem]:
         if times > 1:
             yield ("nodes", name), f"there are {times} nodes of that name"
     for node in topology.nodes:
-        for where, what in (*_service_problems(node), *_sysctl_problems(node), *_route_problems(topology, node)):
+        found = (*_service_problems(node), *_sysctl_problems(topology, node), *_route_problems(topology, node))
+        for where, what in found:
             yield ("nodes", node.name, *where), what
 
 
@@ -65,26 +83,45 @@ def _readiness_problem(service: Service) -> str | None:
     return None
 
 
-def _sysctl_problems(node: Node) -> Iterator[Problem]:
-    for key, _ in node.sysctls:
+def _sysctl_problems(topology: Topology, node: Node) -> Iterator[Problem]:
+    interfaces = {"lo", *(end.interface for end in topology.ends_of(node.name))}
+    interfaces |= {BRIDGE} if node.kind is Kind.BRIDGE else set()
+    for key, value in node.sysctls:
+        named = _SYSCTL_OF_INTERFACE.match(key)
         if not _SYSCTL.fullmatch(key):
             yield ("sysctls", key), "a namespace has settings of its own below net. only"
+        elif named is not None and named[1] not in interfaces | _ALL_INTERFACES:
+            yield ("sysctls", key), f"{node.name} has no interface {named[1]!r}{_nearest(named[1], interfaces)}"
+        elif not (value.isascii() and value.strip()):
+            yield ("sysctls", key), f"{value!r} is no setting's value"
 
 
 def _route_problems(topology: Topology, node: Node) -> Iterator[Problem]:
-    """A gateway is a neighbour; a prefix has one route."""
+    """A prefix lies elsewhere, and has one route."""
     own = [address for end in topology.ends_of(node.name) for address in end.addresses]
     seen = set()
     for place, route in enumerate(node.routes):
         if node.kind is Kind.BRIDGE:
             yield ("routes", place), "a bridge forwards frames: it has no routes"
-        elif any(route.via == address.ip for address in own):
-            yield ("routes", place, "via"), f"{route.via} is its own address"
-        elif not any(route.via in address.network for address in own if address.version == route.via.version):
-            yield ("routes", place, "via"), f"the gateway {route.via} is in none of its subnets"
+        elif what := _gateway_problem(route.via, own):
+            yield ("routes", place, "via"), what
+        if any(route.to == address.network for address in own):
+            yield ("routes", place, "to"), f"{route.to} is a subnet of its own: it needs no gateway"
         if route.to in seen:
             yield ("routes", place, "to"), f"there is a route to {route.to} already"
         seen.add(route.to)
+
+
+def _gateway_problem(via: Gateway, own: Sequence[Address]) -> str | None:
+    """Why a node with these addresses has no such gateway: it is a neighbour."""
+    if any(via == address.ip for address in own):
+        return f"{via} is its own address"
+    if via.version == 6 and via.is_link_local:
+        return f"{via} is a link-local address: it does not tell the interface"
+    near = [address.network for address in own if address.version == via.version and via in address.network]
+    if not near:
+        return f"the gateway {via} is in none of its subnets"
+    return next((what for network in near if (what := _no_host(via, network))), None)
 
 
 def _link_problems(topology: Topology) -> Iterator[Problem]:
@@ -116,11 +153,18 @@ def _mtu_problems(link: Link) -> Iterator[str]:
 
 
 def _mac_problems(topology: Topology) -> Iterator[Problem]:
-    owners: dict[str, str] = {}
+    owners = {
+        automatic_mac(first_index(number) + side): end.label
+        for number, link in enumerate(topology.links)
+        for side, end in enumerate(link.ends)
+        if end.mac is None
+    }
     for where, end in _places(topology.links):
         mac = (end.mac or "").lower()
         if mac and int(mac[:2], 16) & 1:
             yield (*where, "mac"), f"{mac} is a group's address"
+        elif mac == _NO_MAC:
+            yield (*where, "mac"), f"{mac} is no interface's address"
         elif mac and mac in owners:
             yield (*where, "mac"), f"{owners[mac]} has that one already"
         elif mac:
@@ -135,6 +179,8 @@ def _address_problems(topology: Topology) -> Iterator[Problem]:
             here = (*where, "addresses", place)
             if what := _unusable(address):
                 yield here, what
+            elif any(address.ip == other.ip for other in end.addresses[:place]):
+                yield here, f"{end.label} has the address {address.ip} already"
             elif not address.is_link_local and owners.get(address.ip, end.label) != end.label:
                 yield here, f"{owners[address.ip]} has the address {address.ip} already"
             owners[address.ip] = end.label
@@ -145,6 +191,11 @@ def _unusable(address: Address) -> str | None:
     ip, network = address.ip, address.network
     if ip.is_multicast or ip.is_unspecified or ip.is_loopback:
         return f"{ip} is no interface's address"
+    return _no_host(ip, network)
+
+
+def _no_host(ip: Gateway, network: Network) -> str | None:
+    """What an address is, if it is none of a host in its subnet."""
     if network.prefixlen < network.max_prefixlen - 1:
         if ip == network.network_address:
             return f"{ip} is the subnet's own address, not a host's"

@@ -214,6 +214,16 @@ def test_an_interface_with_ipv6_has_a_link_local_address() -> None:
     assert added == ["10.0.0.1/24", "fd00::1/64", "fe80::1/64", "10.0.0.2/24", "fd00::2/64", "fe80::2/64"]
 
 
+def test_a_link_local_address_that_was_given_is_the_only_one() -> None:
+    added = [each.address for each in operations(LINK_LOCAL) if isinstance(each, AddAddress) and each.node != "b"]
+    assert [str(address) for address in added] == ["fe80::a/64", "fe80::1/64", "fe80::1/64", "fd00::1/64"]
+
+
+def test_a_bridge_that_joins_nothing_is_not_waited_for() -> None:
+    lone = operations("name: lone\nnodes: {host: , bridge: {kind: bridge}}")
+    assert [each.node for each in lone if isinstance(each, WaitReady)] == ["host"]
+
+
 def test_offload_is_left_alone_when_asked_for() -> None:
     text = PAIR.format(a="{}", b="{}")
     assert any(isinstance(operation, StopOffload) for operation in operations(text))

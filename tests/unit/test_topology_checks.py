@@ -105,6 +105,11 @@ BROKEN = {
         ("links", 1, "ends", 0, "addresses", 0),
         "a:eth0 has the address 10.0.0.1 already",
     ),
+    "address twice at an interface": (
+        lab(Link(end("a", "fd00::1/64", "fd00::1/48"), end("b"))),
+        ("links", 0, "ends", 0, "addresses", 1),
+        "a:eth0 has the address fd00::1 already",
+    ),
     "multicast address": (
         lab(Link(end("a", "224.0.0.1/24"), end("b"))),
         ("links", 0, "ends", 0, "addresses", 0),
@@ -145,6 +150,16 @@ BROKEN = {
         ("links", 0, "ends", 1, "mac"),
         "a:eth0 has that one already",
     ),
+    "the MAC that another has by its place": (
+        lab(Link(end("a", mac="02:00:00:00:00:0b"), end("b"))),
+        ("links", 0, "ends", 0, "mac"),
+        "b:eth0 has that one already",
+    ),
+    "nobody's MAC": (
+        lab(Link(end("a", mac="00:00:00:00:00:00"), end("b"))),
+        ("links", 0, "ends", 0, "mac"),
+        "no interface's address",
+    ),
     "a gateway out of reach": (
         lab(AB, a=Node("a", routes=routes(("0.0.0.0/0", "10.1.0.1")))),
         ("nodes", "a", "routes", 0, "via"),
@@ -154,6 +169,21 @@ BROKEN = {
         lab(AB, a=Node("a", routes=routes(("0.0.0.0/0", "10.0.0.1")))),
         ("nodes", "a", "routes", 0, "via"),
         "its own address",
+    ),
+    "a subnet's broadcast address as gateway": (
+        lab(AB, a=Node("a", routes=routes(("0.0.0.0/0", "10.0.0.255")))),
+        ("nodes", "a", "routes", 0, "via"),
+        "10.0.0.255 is the subnet's broadcast address",
+    ),
+    "a link-local gateway": (
+        lab(Link(end("a", "fe80::1/64"), end("r", "fe80::2/64")), a=Node("a", routes=routes(("::/0", "fe80::2")))),
+        ("nodes", "a", "routes", 0, "via"),
+        "does not tell the interface",
+    ),
+    "a route to its own subnet": (
+        lab(AB, a=Node("a", routes=routes(("10.0.0.0/24", "10.0.0.2")))),
+        ("nodes", "a", "routes", 0, "to"),
+        "10.0.0.0/24 is a subnet of its own",
     ),
     "two routes to a prefix": (
         lab(AB, a=Node("a", routes=routes(("::/0", "fd00::2"), ("::/0", "fd00::3")))),
@@ -169,6 +199,16 @@ BROKEN = {
         lab(AB, a=Node("a", sysctls=(("net/../../../etc/x", "x"),))),
         ("nodes", "a", "sysctls", "net/../../../etc/x"),
         "below net. only",
+    ),
+    "a setting of an interface that there is not": (
+        lab(AB, a=Node("a", sysctls=(("net.ipv4.conf.eth1.rp_filter", "1"),))),
+        ("nodes", "a", "sysctls", "net.ipv4.conf.eth1.rp_filter"),
+        "a has no interface 'eth1'; did you mean 'eth0'?",
+    ),
+    "a setting without a value": (
+        lab(AB, a=Node("a", sysctls=(("net.ipv4.ip_forward", ""),))),
+        ("nodes", "a", "sysctls", "net.ipv4.ip_forward"),
+        "'' is no setting's value",
     ),
     "two services of a name": (
         lab(AB, a=Node("a", services=(Service("x", ("x",)), Service("x", ("y",))))),
