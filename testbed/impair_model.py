@@ -1,8 +1,9 @@
 """What becomes of the frames of one impaired direction: pure.
 
-Owns: the choices and the times. Must not know sockets or clocks: `now` comes in, and each direction has a generator of
+Owns: the choices and the times. Must not know sockets or clocks: `now` comes in, and each direction has generators of
 its own, seeded by the impairment's seed and the sending interface. Every frame takes the same number of draws, whatever
-becomes of it, so the k-th frame meets the same fate each time.
+becomes of it, so the k-th frame meets the same fate each time. What kernels send by themselves, at random times (ARP,
+neighbour discovery, who listens to which group), draws from a generator apart: it moves no other frame's place.
 
 A frame's way: loss, corruption, the queue in front of the rate, the delay, and a second copy.
 """
@@ -16,6 +17,11 @@ from typing import Final
 from testbed.topology import Impairment
 
 _ETHERNET: Final = 14  # bytes of header; bits are flipped behind it, so that the frame still arrives
+_ARP, _IPV4, _IPV6 = b"\x08\x06", b"\x08\x00", b"\x86\xdd"
+_IGMP: Final = 2
+_HOP_BY_HOP: Final = 0
+_ICMPV6: Final = 58
+_OF_KERNELS: Final = frozenset((*range(130, 138), 143))  # ICMPv6 types: group membership, neighbour discovery, MLDv2
 QUEUE: Final = 256 * 1024  # bytes that may wait in front of a limited rate
 
 
@@ -62,11 +68,13 @@ class Direction:
     def _begin(self, impairment: Impairment, seed: int) -> None:
         self._impairment = impairment
         self._random = random.Random(f"{seed} {self.label}")
+        self._apart = random.Random(f"{seed} {self.label} apart")
 
     def departures(self, now: float, frame: bytes) -> list[Departure]:
         """What leaves for a frame that came at `now`: nothing, itself, or two."""
         impairment, counts = self._impairment, self.counts
-        lost, twice, early, corrupt, where, far = (self._random.random() for _ in range(6))
+        generator = self._apart if _is_of_kernels(frame) else self._random
+        lost, twice, early, corrupt, where, far = (generator.random() for _ in range(6))
         counts.seen += 1
         if lost < impairment.loss:
             counts.lost += 1
@@ -98,6 +106,17 @@ class Direction:
             return None
         self._free_at = start + length * 8 / rate
         return self._free_at
+
+
+def _is_of_kernels(frame: bytes) -> bool:
+    """Whether a kernel sent a frame by itself, to keep neighbours and groups in mind."""
+    kind, content = frame[12:_ETHERNET], frame[_ETHERNET:]
+    if kind == _IPV6 and len(content) >= 48:
+        protocol, at = content[6], 40
+        if protocol == _HOP_BY_HOP:
+            protocol, at = content[40], 48 + 8 * content[41]
+        return protocol == _ICMPV6 and len(content) > at and content[at] in _OF_KERNELS
+    return kind == _ARP or (kind == _IPV4 and content[9:10] == bytes([_IGMP]))
 
 
 def _flipped(frame: bytes, where: float) -> bytes:

@@ -7,6 +7,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import (
+    ICMPv6EchoRequest,
+    ICMPv6MLReport2,
+    ICMPv6ND_NS,
+    ICMPv6ND_RS,
+    IPv6,
+    IPv6ExtHdrHopByHop,
+)
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Packet, Raw
 
 from testbed.impair_model import Departure, Direction
 from testbed.topology import Impairment
@@ -23,6 +34,43 @@ def sent(impairment: Impairment, label: str = "a:eth0", gap: float = 0.001) -> l
 
 def test_the_same_seed_gives_each_frame_the_same_fate() -> None:
     assert sent(EVERYTHING) == sent(EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(ARP(), id="ARP"),
+        pytest.param(IP() / Raw(bytes(8)), id="IGMP"),
+        pytest.param(IPv6() / ICMPv6ND_NS(), id="neighbour solicitation"),
+        pytest.param(IPv6() / ICMPv6ND_RS(), id="router solicitation"),
+        pytest.param(IPv6() / IPv6ExtHdrHopByHop() / ICMPv6MLReport2(), id="group membership"),
+    ],
+)
+def test_what_kernels_send_by_themselves_moves_no_other_frames_fate(layers: Packet) -> None:
+    if IP in layers:
+        layers[IP].proto = 2
+    own = bytes(Ether() / layers)
+    direction = Direction(EVERYTHING, "a:eth0")
+    mixed = []
+    for number, frame in enumerate(FRAMES):
+        if number % 3 == 0:
+            direction.departures(number * 0.001, own)
+        mixed.append(direction.departures(number * 0.001, frame))
+    assert mixed == sent(EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(IPv6() / ICMPv6EchoRequest(), id="echo"),
+        pytest.param(IPv6() / UDP() / Raw(bytes([135] * 8)), id="UDP"),
+        pytest.param(IP() / UDP(), id="UDP over IPv4"),
+    ],
+)
+def test_what_programs_send_has_one_order(layers: Packet) -> None:
+    direction = Direction(EVERYTHING, "a:eth0")
+    direction.departures(0, bytes(Ether() / layers))
+    assert direction.departures(0.001, FRAMES[1]) == sent(EVERYTHING)[1]
 
 
 @pytest.mark.parametrize(
