@@ -124,9 +124,12 @@ class CaptureSession:
         """This moment, in the captures' time: nanoseconds since the epoch."""
         return time.time_ns()
 
-    def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
-        """What was read so far, at one point or at all, oldest first; `since` is a mark."""
-        return self._armed().frames.since(since, None if at is None else self._tap(at).number)
+    def frames(self, at: str | None = None, since: int = 0, behind: int = 0) -> list[Frame]:
+        """What was read so far, at one point or at all, oldest first.
+
+        `since` is a mark; `behind` a frame's number: only those that come later in the file.
+        """
+        return self._armed().frames.since(since, None if at is None else self._tap(at).number, behind)
 
     def wait(self, amount: int, timeout: float) -> None:
         """Wait until more than `amount` frames were read at all points together, or for `timeout` seconds."""

@@ -47,11 +47,15 @@ class FrameStore:
             place += 1
         self._complete = place
 
-    def since(self, moment: int, point: int | None) -> list[Frame]:
-        """The frames of a point, or (None) of all, that came at `moment` or later: nanoseconds since the epoch."""
+    def since(self, moment: int, point: int | None, behind: int = 0) -> list[Frame]:
+        """The frames of a point, or (None) of all, that came at `moment` or later: nanoseconds since the epoch.
+
+        Only those with higher numbers than `behind`.
+        """
         captured = self._captured
         places: Sequence[int] = range(self._complete) if point is None else self._places[point]
         begin = bisect_left(places, moment - _DISORDER_NS, key=lambda place: captured[place][0])
+        begin = max(begin, bisect_left(places, behind))  # a frame's number is one more than its place
         return [self._frame(place) for place in places[begin:] if captured[place][0] >= moment]
 
     def _frame(self, place: int) -> Frame:

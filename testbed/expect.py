@@ -183,10 +183,13 @@ class Watch:
         # What is there already is seen sooner than by waiting for it.
         self._source.settle()
         while True:
-            amount = self._source.total
+            amount, began = self._source.total, time.monotonic()
             if look() is not None or (left := deadline - time.monotonic()) <= 0:
                 break
-            self._source.wait(amount, left)
+            # Looking holds Python's lock, which those who read the capture need: not more than half of the time.
+            time.sleep(min(left, time.monotonic() - began))
+            if (left := deadline - time.monotonic()) > 0:
+                self._source.wait(amount, left)
         self._source.settle()
         return look()
 
@@ -234,14 +237,15 @@ class _Scan:
     at: str
     matcher: Matcher
     since: int
-    _looked_at: int = 0
+    _last: int = 0  # the number of the last one that was looked at
     _matched: list[Frame] = field(default_factory=list)
 
     def look(self) -> list[Frame]:
         """All that match so far."""
-        fresh = self.source.frames(self.at, self.since)[self._looked_at :]
-        self._looked_at += len(fresh)
-        self._matched += filter(self.matcher.matches, fresh)
+        for frame in self.source.frames(self.at, self.since, self._last):
+            self._last = frame.number
+            if self.matcher.matches(frame):
+                self._matched.append(frame)
         return self._matched
 
 

@@ -40,8 +40,8 @@ class FrameSource(Protocol):
     def total(self) -> int:
         """How many frames were read so far at all points."""
 
-    def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
-        """What was read so far, oldest first."""
+    def frames(self, at: str | None = None, since: int = 0, behind: int = 0) -> list[Frame]:
+        """What was read so far, oldest first; only frames with higher numbers than `behind`."""
 
     def wait(self, amount: int, timeout: float) -> None:
         """Wait until more than `amount` frames were read, or for `timeout` seconds."""

@@ -35,6 +35,14 @@ def test_frames_by_point_and_moment(store: FrameStore, moment: int, point: int |
     assert [frame.number for frame in store.since(moment, point)] == numbers
 
 
+@pytest.mark.parametrize(
+    ("point", "behind", "numbers"),
+    [(None, 0, [2, 4, 5]), (None, 2, [4, 5]), (A, 3, [5]), (A, 5, []), (B, 1, [2, 4])],
+)
+def test_only_frames_behind_another(store: FrameStore, point: int | None, behind: int, numbers: list[int]) -> None:
+    assert [frame.number for frame in store.since(12 * SECOND, point, behind)] == numbers
+
+
 def test_a_frame_is_what_was_captured_and_the_same_each_time(store: FrameStore) -> None:
     [first, _] = store.since(0, B)
     assert (first.point, first.time_ns, first.data) == ("b:eth0", 12 * SECOND, b"2")

@@ -183,7 +183,7 @@ def check(engine: Engine) -> None:
     assert all(sockref in sockrefs for sockref in sockrefs._by_cookie.values())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(list(Deletion)), steps)
 def test_whatever_comes(deletion: Deletion, script: list[tuple[str, tuple[object, ...]]]) -> None:
     play = Play(deletion)

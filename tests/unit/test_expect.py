@@ -34,8 +34,8 @@ class Past:
     def total(self) -> int:
         return self._shown
 
-    def frames(self, at: str | None = None, since: int = 0) -> list[Frame]:
-        shown = self._frames[: self._shown]
+    def frames(self, at: str | None = None, since: int = 0, behind: int = 0) -> list[Frame]:
+        shown = [frame for frame in self._frames[: self._shown] if frame.number > behind]
         return [frame for frame in shown if frame.time_ns >= since and at in (None, frame.point)]
 
     def wait(self, amount: int, timeout: float) -> None:
@@ -167,6 +167,20 @@ NONSENSE: dict[str, tuple[Match, str]] = {
 def test_a_match_that_makes_no_sense_is_refused_even_when_nothing_is_seen(match: Match, message: str) -> None:
     with pytest.raises(MatchError, match=message):
         Watch(Past([])).expect_none(SERVER, match)
+
+
+def test_no_frame_is_looked_at_twice() -> None:
+    frames = routed().frames
+    looked: list[int] = []
+
+    def seen(frame: Frame) -> bool:
+        looked.append(frame.number)
+        return False
+
+    with pytest.raises(ExpectationError):
+        Watch(Past(frames, shown=1)).expect(SERVER, seen, within=0.05)
+    at_server = [frame.number for frame in frames if frame.point == SERVER]
+    assert looked[: len(at_server)] == at_server
 
 
 def test_a_match_that_forgets_to_return_is_an_error() -> None:

@@ -90,7 +90,7 @@ def test_which_frames_are_lost_does_not_depend_on_what_else_happens_to_them() ->
 
 
 @given(delay=st.floats(0, 1), rate=st.none() | st.integers(10_000_000, 10**9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_with_delay_and_rate_only_all_arrives_whole_and_in_order(delay: float, rate: int | None) -> None:
     departures = [each for frame in sent(Impairment(delay=delay, rate=rate)) for each in frame]
     assert [departure.frame for departure in departures] == FRAMES
