@@ -45,8 +45,9 @@ from testbed.plan import (
     SetUp,
     StopOffload,
     WaitReady,
+    describe,
 )
-from testbed.process import environment
+from testbed.process import environment, namespace_mark
 from testbed.topology import BRIDGE, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
@@ -149,7 +150,9 @@ class Builder:
         self.sites |= {operation.node: Site(namespace) for operation, namespace in made}
         for future in futures:
             self._made(future.result())
+        mark = rtnetlink.mark(namespace_mark())
         for operation in operations:
+            _send(self.sites[operation.node].netlink, [(operation, mark)])
             with self.namespace(operation.node).entered():
                 _configure(operation.node, operation.settings)
 
@@ -262,7 +265,9 @@ def _send(netlink: socket.socket, batch: list[tuple[Operation, rtnetlink.Request
     """Send messages; BuildError names the operations that were refused."""
     refused = list(rtnetlink.send(netlink, [request for _, request in batch]))
     if refused:
-        raise BuildError("\n".join(f"the kernel refused {batch[at][0]}: {os.strerror(code)}" for at, code in refused))
+        raise BuildError(
+            "\n".join(f"the kernel refused `{describe(batch[at][0])}`: {os.strerror(code)}" for at, code in refused)
+        )
 
 
 def _wait_ready(node: str, site: Site) -> None:

@@ -2,7 +2,7 @@
 
 Owns: the processes of a lab. A program is a child of the lab, in a session of its own. `stop` ends it and what is left
 of that session; what else it started, and everything when the lab is killed, is the warden's matter (warden.py). When
-even that was killed, the next lab finds the processes by a mark in their environment (`sweep`).
+even that was killed, the next lab finds the processes by a mark in their environment, or in their namespace (`sweep`).
 """
 
 from __future__ import annotations
@@ -14,24 +14,31 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
+from testbed import rtnetlink
 from testbed.netns import Namespace
 from testbed.topology import Readiness
 
-MARK: Final = "TESTBED_OWNER"  # in the environment of every process of a lab: the owner, as `owner_mark` tells it
+# In the environment of every process of a lab, and with each of its namespaces: the owner, as `owner_mark` tells it.
+MARK: Final = "TESTBED_OWNER"
 KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): the owner from which it took a lab over
 _GRACE: Final = 3.0  # seconds between SIGTERM and SIGKILL
 _LAST_BREATH: Final = 0.5  # seconds from the closing of a process's descriptors to its end
 _LISTEN: Final = "0A"  # TCP_LISTEN in /proc/net/tcp
 _LOG_LINES: Final = 15
 _LOOK_AGAIN: Final = 0.01  # seconds; a port that is listened on, or a line in a log, makes no event
+
+
+_Owner = tuple[str, str, str]  # pid namespace, pid, start time
 
 
 class ServiceError(Exception):
@@ -46,6 +53,11 @@ def owner_mark() -> str:
 def _pid_namespace() -> int:
     """Processes of containers are seen from outside, with other pids."""
     return Path("/proc/self/ns/pid").stat().st_ino
+
+
+def namespace_mark() -> str:
+    """What a lab's namespaces are marked with (rtnetlink.mark): a process may have thrown its environment away."""
+    return f"{MARK}={owner_mark()}"
 
 
 def environment() -> dict[str, str]:
@@ -237,7 +249,8 @@ def temporary_folder(name: str) -> Path:
 def sweep() -> list[int]:
     """Kill the processes of labs whose owner is gone, and remove their temporary folders; the pids."""
     killed = []
-    orphans = {pid: owner for pid, owner in _owners(MARK).items() if _is_gone(*owner)}
+    owners = _owners(MARK)
+    orphans = {pid: owner for pid, owner in (owners | _owners_by_namespace(owners)).items() if _is_gone(*owner)}
     kept = set(_owners(KEEPS).values()) if orphans else set()
     for pid, owner in orphans.items():
         if owner not in kept:
@@ -251,16 +264,41 @@ def sweep() -> list[int]:
     return killed
 
 
-def _owners(variable: str) -> dict[int, tuple[str, str, str]]:
+def _owners(variable: str) -> dict[int, _Owner]:
     """The processes with an owner's mark in their environment, and the owner."""
     found = {}
-    mark = re.compile(rb"(?:^|\0)" + variable.encode() + rb"=(\d+):(\d+):(\d+)(?:\0|$)")
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (match := mark.search((process / "environ").read_bytes())) is not None:
-                pid_namespace, pid, started = (part.decode() for part in match.groups())
-                found[int(process.name)] = pid_namespace, pid, started
+            environ = (process / "environ").read_bytes().decode(errors="replace")
+            if (owner := _read_mark(variable, environ)) is not None:
+                found[int(process.name)] = owner
     return found
+
+
+def _owners_by_namespace(known: Collection[int]) -> dict[int, _Owner]:
+    """The other processes that are in a marked namespace, and the owner."""
+    ours = Path("/proc/self/ns/net").stat().st_ino
+    inside: defaultdict[int, list[int]] = defaultdict(list)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(process.name) not in known and (number := (process / "ns/net").stat().st_ino) != ours:
+                inside[number].append(int(process.name))
+    found: dict[int, _Owner] = {}
+    for pids in inside.values():
+        with (
+            contextlib.suppress(OSError),
+            Namespace.of_process(pids[0]) as namespace,
+            namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
+        ):
+            if (owner := _read_mark(MARK, rtnetlink.marked(netlink))) is not None:
+                found |= dict.fromkeys(pids, owner)
+    return found
+
+
+def _read_mark(variable: str, text: str) -> _Owner | None:
+    """The owner that a mark tells, among others that NUL bytes part."""
+    match = re.search(rf"(?:^|\0){variable}=(\d+):(\d+):(\d+)(?:\0|$)", text)
+    return None if match is None else (match[1], match[2], match[3])
 
 
 def _is_gone(pid_namespace: str, pid: str, started: str) -> bool:

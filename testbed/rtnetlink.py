@@ -29,7 +29,7 @@ CREATE_REPLACE: Final = 0x500
 _DUMP: Final = 0x301
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
-_IFLA_LINKINFO, _IFLA_STATS64, _IFLA_NET_NS_FD = 18, 23, 28
+_IFLA_LINKINFO, _IFLA_ALIAS, _IFLA_STATS64, _IFLA_NET_NS_FD = 18, 20, 23, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_GATEWAY = 1, 5
@@ -83,6 +83,12 @@ def join(index: int, master: int) -> Request:
 def up(index: int) -> Request:
     """Set an interface up."""
     return Request(_RTM_NEWLINK, 0, _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP))
+
+
+def mark(text: str) -> Request:
+    """Write something down in a namespace for whoever finds it: as the alias of its lo."""
+    body = _IFINFO.pack(0, 0, _LOOPBACK, 0, 0) + attribute(_IFLA_ALIAS, text.encode())
+    return Request(_RTM_NEWLINK, 0, body)
 
 
 def address(index: int, value: Address) -> Request:
@@ -163,6 +169,14 @@ def unready(netlink: socket.socket) -> list[str]:
             text = socket.inet_ntop(socket.AF_INET6, attributes(body[_IFADDR.size :])[_IFA_ADDRESS])
             found.append(f"{text} is tentative")
     return found
+
+
+def marked(netlink: socket.socket) -> str:
+    """What was written down in a namespace; empty if nothing was."""
+    for body in dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+        if _IFINFO.unpack_from(body)[2] == _LOOPBACK:
+            return attributes(body[_IFINFO.size :]).get(_IFLA_ALIAS, b"").rstrip(b"\0").decode(errors="replace")
+    return ""
 
 
 def received(netlink: socket.socket) -> dict[str, tuple[int, int]]:

@@ -131,7 +131,7 @@ def failed_command(*command: str) -> Callable[[], list[Operation]]:
 @pytest.mark.parametrize(
     ("operations", "what"),
     [
-        pytest.param(refused_address, "refused AddAddress.*10.0.0.2/24.*File exists", id="netlink"),
+        pytest.param(refused_address, "refused `n1: address 10.0.0.2/24 on left`: File exists", id="netlink"),
         pytest.param(refused_rules, "nft refused the rules of n0: .*Error", id="nft"),
         pytest.param(refused_setting, "net.ipv4.no_such_setting = 1 in b: .*No such file", id="sysctl"),
         pytest.param(failed_command("ip", "link", "set", "x", "up"), "'ip link set x up' of a failed: ", id="setup"),

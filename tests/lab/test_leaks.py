@@ -18,7 +18,7 @@ import pytest
 
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.process import MARK, sweep
+from testbed.process import MARK, start_time, sweep
 
 pytestmark = pytest.mark.lab
 
@@ -170,6 +170,27 @@ def test_sigkill_at_any_moment_leaves_nothing(owner: Owner, moment: float) -> No
         assert watch.remaining(PATIENCE) == []
     assert wait_for(owner.processes), owner.processes()
     assert wait_for(owner.folders), owner.folders()
+
+
+def test_a_process_without_environment_is_found_by_its_namespace(tmp_path: Path) -> None:
+    """Neither the lab nor its warden is there to end it, and it has thrown away the mark."""
+    script = (
+        "import subprocess, sys; from testbed.lab import Lab; from testbed.topology_file import loads\n"
+        "with Lab(loads('name: x\\nnodes: {a: }'), capture=False) as lab:\n"
+        "    with lab['a'].namespace.entered():\n"
+        "        sleeper = subprocess.Popen(['setsid', 'sleep', '600'], env={})\n"
+        "    print(sleeper.pid, lab._warden._process.pid, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as lab:
+        assert lab.stdout is not None
+        sleeper, warden = map(int, lab.stdout.readline().split())
+        sweep()
+        assert start_time(sleeper) is not None
+        os.kill(warden, signal.SIGKILL)
+        lab.kill()
+    sweep()  # or another lab that starts at the same time
+    assert wait_for(lambda: start_time(sleeper) is not None)
 
 
 def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:
