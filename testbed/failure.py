@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from testbed.trace import trace
 _MOST_LISTED: Final = 5
 _MOST_MISSES: Final = 3
 _FILE_WIDTH: Final = 120
+_NEAR: Final = 10_000  # frames before and after one, among which its connection is looked for: a second's work
 
 
 class FrameSource(Protocol):
@@ -163,7 +165,9 @@ class Failure:
         return [frame for frame in self.source.frames(at, self.since) if matcher.matches(frame)]
 
     def _connection_of(self, frame: Frame) -> Connection | None:
-        found = connections(trace(self.source.frames(since=self.since)))
+        frames = self.source.frames(since=self.since)
+        place = bisect_left(frames, frame.number, key=lambda other: other.number)
+        found = connections(trace(frames[max(0, place - _NEAR) : place + _NEAR]))
         return next((connection for connection in found if connection.has(frame)), None)
 
     def _conversations(self) -> Iterator[str]:

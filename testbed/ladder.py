@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise, repeat
-from typing import Final
+from typing import Final, assert_never
 
 from rich.text import Text
 
@@ -43,6 +43,7 @@ WIDTH: Final = 140
 _TIME: Final = 10
 _PACKET: Final = 28
 _NARROWEST: Final = 13
+_MOST_ROWS: Final = 120  # of many packets that all show something new, the first and the last are drawn
 
 _FORWARD: Final = "cyan"
 _BACK: Final = "green"
@@ -91,12 +92,20 @@ def ladder(connection: Connection, points: Sequence[str], width: int = WIDTH) ->
     if len(shown) < len(touched):
         lines.append(Text(f"{len(touched) - len(shown)} points are not shown, for want of room", _FAINT))
     start = connection.legs[0].began
-    for row in shortened(rows_of(connection)):
+    rows = list(shortened(rows_of(connection)))
+    hidden = range(_MOST_ROWS // 2, len(rows) - _MOST_ROWS // 2)
+    for number, row in enumerate(rows):
+        if number in hidden:
+            if number == hidden.start:
+                lines.append(Text(f"{' ' * _TIME}⋮ {len(hidden)} lines are not shown", _FAINT))
+            continue
         match row:
             case Row():
                 lines += _packet_lines(row, grid, start, has_legs)
             case Omission():
                 lines.append(_omission_line(row, left, has_legs))
+            case _:
+                assert_never(row)
     return Text("\n").join(lines)
 
 

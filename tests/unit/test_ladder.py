@@ -115,6 +115,16 @@ def test_a_wrong_checksum_is_written_below_its_point() -> None:
     assert [line.strip() for line in lines_of(scene, width=140)[-2:]] == ["UDP checksum is 0x0001, should", "be 0xebd8"]
 
 
+def test_of_many_packets_that_all_show_something_the_first_and_the_last_are_drawn() -> None:
+    scene = Scene()
+    for number in range(300):
+        wrong = ip(1, 2, SENT) / UDP(sport=1, dport=2, chksum=1) / f"{number}"
+        scene.go((CLIENT, wrong), (GATEWAY_IN, wrong))
+    rows = rows_of(scene)
+    assert len(rows) == 121
+    assert [row.strip() for row in rows if "⋮" in row] == ["⋮ 180 lines are not shown"]
+
+
 def test_a_segment_in_pieces_says_so() -> None:
     scene = Scene()
     way = (CLIENT, 1, 2), (GATEWAY_OUT, 1, 2)
