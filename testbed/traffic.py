@@ -49,11 +49,36 @@ def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-@click.group()
+class _Programs(click.Group):
+    """Programs that tell what keeps them from working in a line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from error
+
+
+_EPILOG = """\b
+Examples:
+  python -m testbed.traffic http-server --port 80 --size 1000
+  python -m testbed.traffic fetch http://10.0.1.2/
+  python -m testbed.traffic tcp-echo --port 7
+  python -m testbed.traffic tcp-ask 10.0.1.2 --port 7
+  python -m testbed.traffic udp-echo --port 7
+  python -m testbed.traffic udp-ask fd00::2 --port 7 --count 3
+
+Exit codes: 0 done; 1 no answer, or not the right one, or it cannot work; 2 wrong usage.
+Servers run until they are ended."""
+
+
+@click.group(cls=_Programs, epilog=_EPILOG)
 def main() -> None:
-    """Small clients and servers for labs."""
+    """Small clients and servers for labs, which print what they saw as JSON, an object a line."""
 
 
+_SECONDS = click.FloatRange(0, min_open=True)
 _notify = click.option("--notify-fd", type=click.IntRange(min=3), help="Write a newline there when ready.")
 _port = click.option("--port", type=click.IntRange(1, 0xFFFF), required=True)
 
@@ -97,7 +122,7 @@ def http_server(port: int, size: int, notify_fd: int | None) -> None:
 @main.command()
 @click.argument("url")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the body there.")
-@click.option("--timeout", type=float, default=15.0, show_default=True)
+@click.option("--timeout", type=_SECONDS, default=15.0, show_default=True)
 def fetch(url: str, output: Path | None, timeout: float) -> None:
     """Fetch a URL; print its status, size and SHA-256. Exit code 1: there was no answer, or not all of it."""
     started = time.monotonic()
@@ -105,7 +130,7 @@ def fetch(url: str, output: Path | None, timeout: float) -> None:
     try:
         with _answer(opener, url, timeout) as response:
             body = response.read()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: of a URL that is none
         raise click.ClickException(f"{url}: {error}") from error
     if output is not None:
         output.write_bytes(body)
@@ -127,7 +152,7 @@ def _answer(opener: urllib.request.OpenerDirector, url: str, timeout: float) -> 
 @_port
 @click.option("--count", type=click.IntRange(1, 100_000), default=1, show_default=True)
 @click.option("--size", type=click.IntRange(4, 65_507), default=64, show_default=True, help="Bytes of a datagram.")
-@click.option("--timeout", type=float, default=2.0, show_default=True, help="Seconds to wait for each answer.")
+@click.option("--timeout", type=_SECONDS, default=2.0, show_default=True, help="Seconds to wait for each answer.")
 def udp_ask(address: str, port: int, count: int, size: int, timeout: float) -> None:
     """Send datagrams from one socket and expect each back; print how many came, and from where."""
     senders: set[str] = set()
@@ -151,7 +176,7 @@ def udp_ask(address: str, port: int, count: int, size: int, timeout: float) -> N
 @click.argument("address")
 @_port
 @click.option("--size", type=click.IntRange(1, 1 << 30), default=64, show_default=True, help="Bytes to send.")
-@click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for the next bytes.")
+@click.option("--timeout", type=_SECONDS, default=5.0, show_default=True, help="Seconds to wait for the next bytes.")
 def tcp_ask(address: str, port: int, size: int, timeout: float) -> None:
     """Send `content(SIZE)` over a connection and expect it back. Exit code 1: there was no answer, or another."""
     sent, started, came = content(size), time.monotonic(), bytearray()

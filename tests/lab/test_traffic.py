@@ -78,6 +78,28 @@ def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) 
 
 
 @pytest.mark.parametrize(
+    ("node", "words", "status", "complaint"),
+    [
+        pytest.param("client", "fetch page", 1, "page: unknown url type", id="no URL"),
+        pytest.param("client", "fetch http://10.0.0.2/ --output /none/x", 1, "/none/x: No such file", id="no folder"),
+        pytest.param("client", "fetch http://10.0.0.2/ --timeout -1", 2, "--timeout", id="no time"),
+        pytest.param("client", "udp-ask 10.0.0.2 --port 7 --timeout 0", 2, "--timeout", id="no time for datagrams"),
+        pytest.param("client", "udp-ask 172.16.0.1 --port 7", 1, "Network is unreachable", id="no route"),
+        pytest.param("server", "tcp-echo --port 7", 1, "Address already in use", id="TCP port in use"),
+        pytest.param("server", "udp-echo --port 7", 1, "Address already in use", id="UDP port in use"),
+        pytest.param("server", "http-server --port 80", 1, "Address already in use", id="HTTP port in use"),
+    ],
+)
+def test_what_cannot_work_is_told_without_a_traceback(
+    lab: Lab, node: str, words: str, status: int, complaint: str
+) -> None:
+    done = lab[node].run(["python", "-m", "testbed.traffic", *words.split()], check=False, timeout=PATIENCE)
+    assert done.returncode == status
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("port", "complaint"),
     [
         pytest.param(8, "10.0.0.2 port 8: Connection refused", id="nobody listens"),
