@@ -172,7 +172,7 @@ def _amount(key: str, value: str | int) -> str:
 @_as_json
 def show_plan(file: Path, *, as_json: bool) -> None:
     """Print the operations that build a lab, without building it."""
-    topology = load(file)
+    topology = _topology(file)
     operations = plan(topology, kernel_means(topology))
     if as_json:
         values = [{"operation": type(each).__name__, **dataclasses.asdict(each)} for each in operations]
@@ -187,7 +187,7 @@ def show_plan(file: Path, *, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of standard output.")
 def draw(file: Path, output: Path | None) -> None:
     """Draw a topology as SVG, without building it."""
-    picture = diagram(load(file))
+    picture = diagram(_topology(file))
     if output is None:
         click.echo(picture, nl=False)
     else:
@@ -200,7 +200,7 @@ def draw(file: Path, output: Path | None) -> None:
 @_as_json
 def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     """Build a lab and leave it running."""
-    topology = load(file)
+    topology = _topology(file)
     sweep()
     logs = _directory(topology, directory)
     try:
@@ -361,6 +361,8 @@ def run(
         raise click.UsageError(f"{file} is a scenario: its steps say what is done, and where")
     if scenario is None and not command:
         raise click.UsageError(f"{file} is a topology: say what to run, as in testbed run {file} -- COMMAND...")
+    if scenario is None and as_json:
+        raise click.UsageError("--json is for scenarios: what a command prints is left as it is")
     topology = load(file) if scenario is None else scenario.topology
     if node is not None and node not in {known.name for known in topology.nodes}:
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
@@ -395,6 +397,11 @@ def print_completion(shell: str) -> None:
     Once it is evaluated, the shell completes commands, options, labs and nodes.
     """
     click.echo(completion.script(main, "testbed", completion.Shell(shell)))
+
+
+def _topology(file: Path) -> Topology:
+    """A topology, or a scenario's."""
+    return load_scenario(file).topology if is_scenario(file) else load(file)
 
 
 def _run_in(lab: Lab, node: str | None, command: tuple[str, ...]) -> int:

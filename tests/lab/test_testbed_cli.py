@@ -315,6 +315,18 @@ def test_a_plan_can_be_read_and_parsed(file: Path) -> None:
     assert operations[0]["operation"] == "MakeNamespace"
 
 
+def test_a_plan_and_a_diagram_of_a_scenario_are_those_of_its_topology(file: Path, tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text(f"name: x\ntopology: {file.name}\nsteps: [run: {{in: a, command: [ls]}}]\n")
+    for command in ("plan", "diagram"):
+        assert run_testbed(command, scenario).stdout == run_testbed(command, file).stdout != ""
+
+
+def test_of_a_command_in_a_lab_there_is_no_json(file: Path) -> None:
+    done = run_testbed("run", "--json", file, "--", "echo")
+    assert (done.returncode, "--json is for scenarios" in done.stderr) == (2, True)
+
+
 def completed(*words: str) -> list[str]:
     """What a shell offers behind these words; the last is what was typed of the next one."""
     line = ["testbed", *words]
