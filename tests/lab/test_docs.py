@@ -51,6 +51,7 @@ class Shell:
 
 def test_the_tutorial_works_as_it_says_command_by_command(tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)  # as if in a clone
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     shell = Shell(tmp_path)
     done = 0
     try:
