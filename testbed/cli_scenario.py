@@ -6,6 +6,7 @@ Owns: the words, the colours, the JSON. What a step does is scenario_run.py's ma
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from typing import Final
 
@@ -34,6 +35,8 @@ def play(scenario: Scenario, lab: Lab, *, as_json: bool) -> bool:
 
 def _print(outcome: Outcome) -> None:
     word = click.style("FAILED", fg="red", bold=True) if outcome.failure else click.style("ok    ", fg="green")
+    if os.environ.get("NO_COLOR"):  # click knows only terminals
+        word = click.unstyle(word)
     click.echo(f"{word}  {outcome.number:>2}  {outcome.step}  ({outcome.seconds:.2f} s)")
     if outcome.failure:
         click.echo(textwrap.indent(outcome.failure, _INDENT))

@@ -429,3 +429,29 @@ def test_of_what_is_done_within_a_second_no_progress_is_told(file: Path, tmp_pat
     began = time.monotonic()
     told = run_and_read_stderr(file, tmp_path / "logs", is_terminal=True)
     assert b"building" not in told or time.monotonic() - began > 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_coloured"),
+    [pytest.param({}, True, id="terminal"), pytest.param({"NO_COLOR": "1"}, False, id="not wanted")],
+)
+def test_steps_are_coloured_on_a_terminal_where_it_is_wanted(
+    file: Path, tmp_path: Path, environment: dict[str, str], is_coloured: bool
+) -> None:
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text(f"name: x\ntopology: {file.name}\nsteps: [run: {{in: a, command: ['true']}}]\n")
+    here, there = os.openpty()
+    others = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with os.fdopen(here, "rb", buffering=0) as reading:
+        subprocess.run(
+            [sys.executable, "-m", "testbed.cli", "run", scenario],
+            env={**others, "TERM": "xterm", **environment},
+            stdout=there,
+            stderr=subprocess.DEVNULL,
+            timeout=PATIENCE,
+            check=True,
+        )
+        told = reading.read(1 << 16)
+        os.close(there)
+    assert b"run in a: true" in told
+    assert (b"\x1b[" in told) == is_coloured
