@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -104,6 +105,20 @@ def test_the_probe_is_fast_and_leaves_nothing() -> None:
 
     assert state() == before
     assert taken < 0.3
+
+
+def test_a_kernel_that_first_loads_its_modules_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sock_diag is a module, its first event waits until modprobe has run; here, until a copy is closed too."""
+
+    class Lingering(socket.socket):
+        def close(self) -> None:
+            if self.family == socket.AF_INET and self.fileno() >= 0:
+                threading.Timer(0.3, os.close, [os.dup(self.fileno())]).start()
+            super().close()
+
+    monkeypatch.setattr(socket, "socket", Lingering)
+    failures = {feature.name: failure for feature, failure in kernel_probe.try_all()}
+    assert failures["sock-destroy"] is None
 
 
 def test_without_privilege_the_probe_says_so_and_fails() -> None:
