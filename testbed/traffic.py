@@ -91,7 +91,8 @@ class _DualStackServer(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
+        # HTTPServer looks up the host's own name: a DNS query in the lab, and a wait, where /etc/hosts lacks it.
+        socketserver.TCPServer.server_bind(self)
 
 
 @main.command("http-server")

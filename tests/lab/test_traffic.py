@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +112,13 @@ def test_a_tcp_client_without_its_answer_says_so_and_fails(lab: Lab, port: int, 
     failed = lab["client"].run(words, check=False, timeout=PATIENCE)
     assert failed.returncode == 1
     assert complaint in failed.stderr
+
+
+def test_the_http_server_looks_up_no_name(tmp_path: Path) -> None:
+    """Who asks for the host's name asks a name server, wherever /etc/hosts lacks it; here, who asks fails."""
+    script = "import socket; socket.getfqdn = None; from testbed.traffic import main; main()"
+    command = ["{python}", "-c", script, "http-server", "--port", "80", "--size", "9", "--notify-fd", "{notify_fd}"]
+    nodes = {"server": {"services": {"web": {"command": command, "ready": {"notify": True}}}}}
+    with Lab(loads(json.dumps({"name": "names", "nodes": nodes})), tmp_path) as lab:
+        fetched = lab["server"].run(["python", "-m", "testbed.traffic", "fetch", "http://127.0.0.1/"]).stdout
+    assert json.loads(fetched)["size"] == 9
