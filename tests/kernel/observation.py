@@ -18,8 +18,9 @@ The rule. Packets are compared per capture point, conversation and direction; ho
   connection between the same ends.
 * Left out: ARP, neighbour discovery, multicast reports, and what has no port of the scenario's block: it belongs to an
   earlier scenario that still closes its connections.
-* conntrack: both tuples of each entry with a port of the block, the protocol, whether it is mapped, and the class of
-  its state: opening, established, closing, time-wait, reset; unreplied, replied.
+* conntrack: both tuples of each entry that began with a port of the block, the protocol, whether it is mapped, and the
+  class of its state: opening, established, closing, time-wait, reset; unreplied, replied. A port of the reply alone
+  does not make an entry the scenario's: NAT may have chosen it for an earlier scenario.
 
 Known differences. With `inline` the kernel's own conntrack has the inside addresses, and so has the user's masquerade,
 which comes before the engine's source; the view compared there is the engine's. Packets with broken headers are dropped
@@ -287,7 +288,7 @@ def _options(options: bytes) -> str:
 
 
 def _has_port(entry: Entry, names: Names) -> bool:
-    return any(port in names.block for flow in (entry.original, entry.reply) for port in flow[1::2])
+    return any(port in names.block for port in entry.original[1::2])
 
 
 def _entry(entry: Entry, names: Names) -> str:

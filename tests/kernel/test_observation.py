@@ -126,6 +126,8 @@ def test_what_an_icmp_error_is_about_is_seen() -> None:
 
 def test_what_belongs_to_an_earlier_scenario_is_left_out() -> None:
     assert observed(datagram(sport=9_999, dport=9_998)) == {"conntrack": ()}
+    port_by_chance = Entry("udp", (CLIENT, 9_999, SERVER, 9_998), (SERVER, 9_998, "10.1.0.3", 10_028), "ASSURED")
+    assert observed(entries=(port_by_chance,)) == {"conntrack": ()}
 
 
 ENTRIES = {
