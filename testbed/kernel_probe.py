@@ -180,7 +180,7 @@ def _bind_queue() -> None:
     from netfilterqueue import NetfilterQueue
 
     queue = NetfilterQueue()
-    queue.bind(0, lambda packet: packet.drop())
+    queue.bind(0, lambda packet: packet.drop(), sock_len=64 << 10)  # the library warns where it may not have its usual
     queue.unbind()
 
 

@@ -38,6 +38,7 @@ CUT: Final = 4096 - 192
 _ATTRIBUTES: Final = 0x1000  # more than all that stands before the packet in a message
 _MESSAGE: Final = 0x11000  # a message with 65531 bytes of packet and all other attributes
 _SOCKET_BUFFER: Final = 8 << 20
+_FIRST_BUFFER: Final = 64 << 10  # until it grows; the library warns of what the system's limit does not allow
 _SO_RCVBUFFORCE: Final = 33
 
 # linux/netfilter/nfnetlink_queue.h
@@ -209,7 +210,7 @@ class _BoundQueue:
     ) -> None:
         self._number = number
         self.library = NetfilterQueue()
-        self.library.bind(number, handle, max_len=length, sock_len=_SOCKET_BUFFER // 2)
+        self.library.bind(number, handle, max_len=length, sock_len=_FIRST_BUFFER)
         self.socket = socket.socket(fileno=os.dup(self.library.get_fd()))
         self.socket.setblocking(False)
         _grow_buffer(self.socket)

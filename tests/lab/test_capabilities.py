@@ -139,6 +139,12 @@ def test_a_lab_test_without_privilege_is_skipped_with_the_reason() -> None:
 # ---- scripts/rootless ----
 
 
+def test_rootless_nothing_warns_of_the_systems_limit_for_buffers() -> None:
+    """Which a user namespace may not pass; distributions have 212992 bytes (net.core.rmem_max)."""
+    outcome = run(ROOTLESS, sys.executable, "-W", "error", "-m", "testbed.capabilities")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
 def test_rootless_gives_a_root_and_a_network_of_ones_own() -> None:
     here = str(Path("/proc/thread-self/ns/net").readlink())
     script = (
