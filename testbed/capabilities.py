@@ -10,12 +10,14 @@ Kernel features are tried, not looked up: in a network namespace that only one t
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -179,7 +181,17 @@ def _table(missing: tuple[Capability, ...]) -> str:
 
 def main() -> int:
     """`python -m testbed.capabilities`: tell what is missing; 1 when anything required is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m testbed.capabilities",
+        description="Tell what this machine lacks for labs and engines, what to do about it, and what its lack costs.",
+        epilog="Exit codes: 0 all that is required is here; 1 something is missing; 2 wrong usage.",
+    )
+    parser.add_argument("--json", action="store_true", help="print all that was looked at as JSON")
+    as_json = parser.parse_args().json
     capabilities = probe()
+    if as_json:
+        print(json.dumps([asdict(capability) for capability in capabilities], indent=2))
+        return 1 if capabilities.missing(required=True) else 0
     if text := explain(capabilities):
         print(text)
     if capabilities.missing(required=True):

@@ -11,14 +11,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import click
 from rich.console import Console
@@ -28,14 +27,15 @@ from testbed import cli_completion as completion
 from testbed import registry
 from testbed.build import BuildError
 from testbed.capture import CaptureError
+from testbed.cli_command import become, command_values, exit_code, run_captured, run_in
 from testbed.cli_scenario import play
 from testbed.diagram import diagram
 from testbed.documents import DocumentError
 from testbed.impair import described, notes
-from testbed.journal import LAB, command_line
+from testbed.keeper import hand_over
 from testbed.lab import Lab, LabError, kernel_means
 from testbed.plan import describe, plan
-from testbed.process import ServiceError, environment, sweep
+from testbed.process import ServiceError, sweep
 from testbed.registry import Record, RegistryError
 from testbed.report import write_report
 from testbed.scenario_file import is_scenario, load_scenario
@@ -82,6 +82,9 @@ _name: Final = click.argument("name", required=False, shell_complete=completion.
 _node: Final = click.argument("node", shell_complete=completion.nodes)
 _as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _command: Final = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+_json_of_command: Final = click.option(
+    "--json", "as_json", is_flag=True, help="Print how it ended and what it said as JSON."
+)
 _logs: Final = click.option(
     "--directory", type=click.Path(path_type=Path, file_okay=False), help="For logs and captures; a new one by default."
 )
@@ -305,15 +308,22 @@ def list_labs(*, as_json: bool) -> None:
     epilog=_examples(
         "exec client -- ping -c 1 10.0.1.2",
         "exec --lab two-proxies inner -- tproxyctl connections",
+        "exec --json client -- ip -brief address",
         codes=_COMMANDS_CODE,
     ),
 )
 @_lab
+@_json_of_command
 @_node
 @_command
-def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
+def execute(lab: str | None, node: str, command: tuple[str, ...], *, as_json: bool) -> None:
     """Run a command in a node of a running lab."""
-    _become(registry.find(lab), node, command)
+    record = registry.find(lab)
+    if not as_json:
+        become(record, node, command)
+    done = run_captured(record, node, command)
+    click.echo(json.dumps({"lab": record.name, **command_values(node, command, done)}))
+    sys.exit(exit_code(done.returncode))
 
 
 @main.command(epilog=_examples("shell gateway", codes=_COMMANDS_CODE))
@@ -321,7 +331,7 @@ def execute(lab: str | None, node: str, command: tuple[str, ...]) -> None:
 @_node
 def shell(lab: str | None, node: str) -> None:
     """Open a shell ($SHELL, or /bin/sh) in a node of a running lab."""
-    _become(registry.find(lab), node, (os.environ.get("SHELL") or "/bin/sh",))
+    become(registry.find(lab), node, (os.environ.get("SHELL") or "/bin/sh",))
 
 
 @main.command(
@@ -330,6 +340,7 @@ def shell(lab: str | None, node: str) -> None:
         "run lab.yaml -- ./my-test.sh",
         "run lab.yaml --in client --report lab.html -- curl http://10.0.1.2/",
         "run topologies/scenarios/proxy-dies.yaml --json",
+        "run --keep topologies/scenarios/proxy-dies.yaml",
         codes=f"{_COMMANDS_CODE} Of a scenario: 0 all steps came out as they should; 1 one failed.",
     ),
 )
@@ -339,7 +350,8 @@ def shell(lab: str | None, node: str) -> None:
     "--in", "node", help="Run the command in this node instead of here.", shell_complete=completion.nodes_of_file
 )
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write what was seen to an HTML file.")
-@click.option("--json", "as_json", is_flag=True, help="Of a scenario: print JSON.")
+@click.option("--keep", is_flag=True, help="When it fails, leave the lab running: testbed shell, down.")
+@_json_of_command
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
     file: Path,
@@ -348,6 +360,7 @@ def run(
     report: Path | None,
     command: tuple[str, ...],
     *,
+    keep: bool,
     as_json: bool,
 ) -> None:
     """Build a lab, do something while it lives, take it down.
@@ -361,8 +374,6 @@ def run(
         raise click.UsageError(f"{file} is a scenario: its steps say what is done, and where")
     if scenario is None and not command:
         raise click.UsageError(f"{file} is a topology: say what to run, as in testbed run {file} -- COMMAND...")
-    if scenario is None and as_json:
-        raise click.UsageError("--json is for scenarios: what a command prints is left as it is")
     topology = load(file) if scenario is None else scenario.topology
     if node is not None and node not in {known.name for known in topology.nodes}:
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
@@ -378,11 +389,19 @@ def run(
         if scenario is not None:
             status = 0 if play(scenario, lab, as_json=as_json) else 1
         else:
-            status = _run_in(lab, node, command)
+            done = run_in(lab, node, command, is_captured=as_json)
+            status = exit_code(done.returncode)
+            if as_json:
+                click.echo(json.dumps({"lab": topology.name, **command_values(node, command, done)}))
         if report is not None:
             write_report(lab, report)
             click.echo(f"report: {report}", err=True)
-    sys.exit(status if status >= 0 else 128 - status)
+        if keep and status:
+            record = hand_over(lab)
+            stack.pop_all()
+            click.echo(f"the lab lives on: testbed shell --lab {record.name} {'|'.join(record.nodes)}", err=True)
+            click.echo(f"to end it: testbed down {record.name}", err=True)
+    sys.exit(status)
 
 
 @main.command(
@@ -402,29 +421,6 @@ def print_completion(shell: str) -> None:
 def _topology(file: Path) -> Topology:
     """A topology, or a scenario's."""
     return load_scenario(file).topology if is_scenario(file) else load(file)
-
-
-def _run_in(lab: Lab, node: str | None, command: tuple[str, ...]) -> int:
-    """Run a command in a node, or here; how it ended, as subprocess tells it."""
-    with lab.journal.during(node or LAB, command_line(command)) as entry:
-        if node is None:
-            status = subprocess.run(command, check=False).returncode
-        else:
-            with lab[node].namespace.entered():
-                running = subprocess.Popen(command, env=environment())
-            status = running.wait()
-        entry.end(f"exit status {status}", is_bad=status != 0)
-    return status
-
-
-def _become(record: Record, node: str, command: tuple[str, ...]) -> NoReturn:
-    """Become a command inside a node."""
-    with record.namespace(node) as namespace, namespace.entered():
-        try:
-            os.execvpe(command[0], command, environment())
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise LabError(f"{node}: cannot run {command[0]!r}: {why}") from error
 
 
 def _tell_impairments(topology: Topology) -> None:

@@ -30,18 +30,20 @@ def hand_over(lab: Lab, held: Sequence[int] = ()) -> Record:
     `held`: descriptors that the keeper is to have open as long as it lives, such as those of locks.
     """
     namespaces = lab.namespaces
-    keeper = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "testbed.keeper", lab.topology.name, str(lab.directory)),
-            *(f"{node}={namespace.fileno()}" for node, namespace in namespaces.items()),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, KEEPS: owner_mark()},
-        pass_fds=[*(namespace.fileno() for namespace in namespaces.values()), *held],
-        start_new_session=True,
-    )
+    with (lab.directory / LOG).open("ab") as log:
+        keeper = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "testbed.keeper", lab.topology.name, str(lab.directory)),
+                *(f"{node}={namespace.fileno()}" for node, namespace in namespaces.items()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,  # not ours: whoever reads that waits for its end
+            text=True,
+            env={**os.environ, KEEPS: owner_mark()},
+            pass_fds=[*(namespace.fileno() for namespace in namespaces.values()), *held],
+            start_new_session=True,
+        )
     assert keeper.stdin is not None
     assert keeper.stdout is not None
     with keeper.stdin, keeper.stdout:

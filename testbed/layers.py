@@ -104,6 +104,8 @@ def packet_of(fields: Mapping[str, object]) -> Packet:
     for name, value in fields.items():
         layer, _, field = name.partition(".")
         check_field(layer, field)
+        if name in _ADDRESSES:
+            check_value(layer, field, value)  # Scapy would ask a name server
         layers.setdefault(layer, {})[field] = value
     try:
         made = [layer_class(layer)(**values) for layer, values in layers.items()]

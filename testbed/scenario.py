@@ -43,13 +43,17 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run a command to its end: its exit status, and a regular expression for what it prints."""
+    """Run a command to its end: its exit status, and a regular expression for what it prints.
+
+    `retry`: try again until it comes out so, for that long.
+    """
 
     node: str
     command: tuple[str, ...]
     exit: int = 0
     output: str = ""
     within: float = 60.0
+    retry: float = 0.0
 
     def __str__(self) -> str:
         return f"run in {self.node}: {' '.join(self.command)}"
@@ -57,13 +61,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Fetch a URL; status None: nothing may answer."""
+    """Fetch a URL; status None: nothing may answer. `retry`: try again until it comes out so, for that long."""
 
     node: str
     url: str
     status: int | None = 200
     size: int | None = None
     within: float = 15.0
+    retry: float = 0.0
 
     def __str__(self) -> str:
         return f"fetch in {self.node}: {self.url}{'' if self.status is not None else ', in vain'}"
@@ -78,7 +83,7 @@ class Send:
     count: int = 1
 
     def __str__(self) -> str:
-        return f"send in {self.node}: {_fields_text(self.packet)}{f', {self.count} times' if self.count > 1 else ''}"
+        return f"send in {self.node}: {_fields_text(self.packet)}{f', {_times(self.count)}' if self.count > 1 else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Expect:
     within: float = WITHIN
 
     def __str__(self) -> str:
-        return f"expect at {self.at}: {_fields_text(self.match)}{f', {self.count} times' if self.count else ''}"
+        return f"expect at {self.at}: {_fields_text(self.match)}{f', {_times(self.count)}' if self.count else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,10 @@ class Scenario:
     topology: Topology
     steps: tuple[Step, ...]
     description: str = ""
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _fields_text(fields: Mapping[str, object]) -> str:

@@ -123,15 +123,16 @@ class _Reader:
         except re.error as error:
             self.problems.append(((*where, "output"), f"no regular expression: {error}"))
         command = tuple(map(str, value["command"]))
-        return Run(value["in"], command, value.get("exit", 0), output, self._time(where, value, "within", 60.0))
+        within, retry = self._time(where, value, "within", 60.0), self._time(where, value, "retry", 0.0)
+        return Run(value["in"], command, value.get("exit", 0), output, within, retry)
 
     def fetch(self, where: Where, value: Mapping[str, Any]) -> Step:
         fails = value.get("fails", False)
         if fails and (further := sorted({"status", "size"} & set(value))):
             self.problems.append(((*where, further[0]), "not where the fetch is to fail"))
         status = None if fails else value.get("status", 200)
-        within = self._time(where, value, "within", 15.0)
-        return Fetch(value["in"], value["url"], status, value.get("size"), within)
+        within, retry = self._time(where, value, "within", 15.0), self._time(where, value, "retry", 0.0)
+        return Fetch(value["in"], value["url"], status, value.get("size"), within, retry)
 
     def send(self, where: Where, value: Mapping[str, Any]) -> Step:
         self._try((*where, "packet"), packet_of, dict(value["packet"]))

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -42,6 +42,7 @@ from testbed.scenario import (
 )
 
 _LOOK_AGAIN: Final = 0.02  # seconds between two questions to an engine
+_TRY_AGAIN: Final = 0.1  # seconds between two attempts
 _TROUBLE: Final = (LabError, ServiceError, CaptureError, ExpectationError, OSError)
 
 
@@ -110,10 +111,10 @@ class _Runner:
         match step:
             case Start():
                 self._start(step)
-            case Run():
-                self._run(step)
-            case Fetch():
-                self._fetch(step)
+            case Run(retry=patience):
+                _retried(lambda: self._run(step), patience)
+            case Fetch(retry=patience):
+                _retried(lambda: self._fetch(step), patience)
             case Send(node, fields, count):
                 for _ in range(count):
                     self._lab[node].send(packet_of(fields))
@@ -184,6 +185,18 @@ class _Runner:
                 program.kill()
             case _:
                 assert_never(step.ending)
+
+
+def _retried(attempt: Callable[[], None], patience: float) -> None:
+    """Do something until it comes out as it should, or for `patience` seconds; then what the last attempt raised."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return attempt()
+        except (StepError, LabError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_TRY_AGAIN)
 
 
 def _otherwise(step: ExpectEngine, engine: EngineHandle) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -126,6 +127,15 @@ def test_without_privilege_the_probe_says_so_and_fails() -> None:
     assert outcome.returncode == 1
     assert "CAP_NET_ADMIN is not held" in outcome.stdout
     assert "netem" not in outcome.stdout  # it could not be tried, so nothing is claimed about it
+
+
+def test_capabilities_are_told_as_json_with_the_same_exit_code(capabilities: Capabilities) -> None:
+    here = run(sys.executable, "-m", "testbed.capabilities", "--json")
+    assert here.returncode == 0
+    assert [each["name"] for each in json.loads(here.stdout)] == [each.name for each in capabilities]
+    less = run(*WITHOUT_PRIVILEGE, sys.executable, "-m", "testbed.capabilities", "--json")
+    assert less.returncode == 1
+    assert {"root": False}.items() <= {each["name"]: each["present"] for each in json.loads(less.stdout)}.items()
 
 
 def test_a_lab_test_without_privilege_is_skipped_with_the_reason() -> None:

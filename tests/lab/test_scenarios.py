@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,30 @@ def test_a_step_that_fails_is_the_last_and_says_why(tmp_path: Path, step: str, w
     assert all(word in result.stdout for word in words), result.stdout
     assert lines[-1] == "two: step 3 failed, 1 were not done"
     assert "10.0.0.2:9" in (tmp_path / "report.html").read_text()
+
+
+def test_a_step_is_tried_again_until_it_comes_out_as_it_should(tmp_path: Path) -> None:
+    count = "echo x >> seen; test $(wc -l < seen)"
+    in_time = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -ge 3'], retry: 10s}}"
+    never = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -lt 3'], retry: 300ms}}"
+    result = run_testbed("run", written(tmp_path, in_time, never), "--directory", tmp_path / "logs")
+    assert [line.split()[:2] for line in result.stdout.splitlines()[:2]] == [["ok", "1"], ["FAILED", "2"]]
+    assert (tmp_path / "seen").read_text().count("x") >= 5
+
+
+@pytest.mark.parametrize(
+    ("step", "is_kept"), [pytest.param("{exit: 0}", True, id="failed"), pytest.param("{exit: 1}", False, id="passed")]
+)
+def test_a_lab_is_kept_for_a_look_when_a_step_failed(tmp_path: Path, step: str, is_kept: bool) -> None:
+    name = f"kept-{os.getpid()}"
+    path = written(tmp_path, f"run: {{in: a, command: ['false'], {step[1:-1]}}}")
+    path.write_text(path.read_text().replace("  name: two", f"  name: {name}"))
+    result = run_testbed("run", path, "--keep", "--directory", tmp_path / "logs")
+    assert result.returncode == (1 if is_kept else 0)
+    assert (f"testbed shell --lab {name} a|b" in result.stderr) is is_kept
+    asked = run_testbed("exec", "--lab", name, "b", "--", "ip", "-brief", "address")
+    assert ("10.0.0.2/24" in asked.stdout) is is_kept
+    assert run_testbed("down", name).returncode == (0 if is_kept else 1)
 
 
 def test_a_program_is_started_and_killed(tmp_path: Path) -> None:

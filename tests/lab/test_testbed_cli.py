@@ -322,11 +322,6 @@ def test_a_plan_and_a_diagram_of_a_scenario_are_those_of_its_topology(file: Path
         assert run_testbed(command, scenario).stdout == run_testbed(command, file).stdout != ""
 
 
-def test_of_a_command_in_a_lab_there_is_no_json(file: Path) -> None:
-    done = run_testbed("run", "--json", file, "--", "echo")
-    assert (done.returncode, "--json is for scenarios" in done.stderr) == (2, True)
-
-
 def completed(*words: str) -> list[str]:
     """What a shell offers behind these words; the last is what was typed of the next one."""
     line = ["testbed", *words]
@@ -377,7 +372,22 @@ def test_each_command_has_its_help_with_an_example_exit_codes_and_json_where_it_
         text = runner.invoke(main, [command, "--help"], prog_name="testbed").stdout
         assert f"  testbed {command}" in text.partition("Examples:")[2]
         assert "Exit codes: " in text
-        assert ("--json" in text) == (command not in ("diagram", "exec", "shell"))
+        assert ("--json" in text) == (command not in ("diagram", "shell"))
+
+
+def test_how_a_command_ended_is_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
+    says = ("sh", "-c", "echo out; echo err >&2; exit 3")
+    told = run_testbed("exec", "--json", "--lab", lab, "b", "--", *says)
+    assert told.returncode == 3, told.stderr
+    ended = {"node": "b", "command": list(says), "exit": 3, "stdout": "out\n", "stderr": "err\n"}
+    assert json.loads(told.stdout) == {"lab": lab, **ended}
+    told = run_testbed("run", "--json", file, "--in", "b", "--directory", tmp_path / "others", "--", *says)
+    assert told.returncode == 3, told.stderr
+    assert json.loads(told.stdout) == {"lab": lab, **ended}
+    for words in (("exec", "--json", "--lab", lab), ("run", "--json", file, "--in")):
+        missing = run_testbed(*words, "b", "--", "no-such-command")
+        assert (missing.returncode, missing.stdout) == (1, "")
+        assert "b: cannot run 'no-such-command': No such file or directory\n" in missing.stderr
 
 
 def test_results_are_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ topology: lab.yaml
 steps:
   - start: {in: a, name: echo, command: [echo, 7], ready: {port: 7}}
   - start: {in: a, name: web}
-  - run: {in: a, command: [ls], exit: 2, output: "no such", within: 5s}
+  - run: {in: a, command: [ls], exit: 2, output: "no such", within: 5s, retry: 2s}
   - fetch: {in: a, url: "http://10.0.0.2/", status: 404, size: 0}
   - fetch: {in: a, url: "http://10.0.0.2/", fails: true, within: 500ms}
   - send: {in: a, packet: {ip.dst: 10.0.0.2, udp.dport: 9, raw.load: hello}, count: 3}
@@ -69,7 +69,7 @@ def test_steps_become_values(tmp_path: Path) -> None:
     assert scenario.steps == (
         Start("a", "echo", Service("echo", ("echo", "7"), Readiness(port=7))),
         Start("a", "web"),
-        Run("a", ("ls",), 2, "no such", 5.0),
+        Run("a", ("ls",), 2, "no such", 5.0, 2.0),
         Fetch("a", "http://10.0.0.2/", 404, 0),
         Fetch("a", "http://10.0.0.2/", None, within=0.5),
         Send("a", {"ip.dst": "10.0.0.2", "udp.dport": 9, "raw.load": "hello"}, 3),
@@ -115,6 +115,7 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param("fetch: {in: a, url: ftp://x}", "http", id="url"),
         pytest.param('fetch: {in: a, url: "http://x", fails: true, size: 1}', "size: not where the fetch", id="fails"),
         pytest.param("send: {in: a, packet: {ip.dst: 10.0.0.2, udp.dport: x}}", "no packet can be made", id="value"),
+        pytest.param("send: {in: a, packet: {ip.dst: server}}", "ip.dst is never 'server'", id="address"),
         pytest.param("send: {in: a, packet: {ib.dst: 10.0.0.2}}", "no layer 'ib', only frame", id="layer"),
         pytest.param("engine: {in: a, sockrefs: 1}", "engine.in: a has no engine", id="engine"),
         pytest.param("engine: {in: b, counters: {redirect: 1}}", "write hook.reason", id="counter"),
