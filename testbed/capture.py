@@ -7,7 +7,8 @@ A capture that lies by leaving out is worse than none, so:
 
 * `start` returns when the kernel lists every socket as running (/proc/net/packet), or it raises;
 * `settle` returns when all that the kernel counted for a socket has been read;
-* `verify` raises when a frame was lost, or a capture is not running: no expectation passes without it.
+* `verify` raises when a frame was lost, a capture is not running, or the clock was set back, so that what came since a
+  mark cannot be told: no expectation passes without it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _ALL_RINGS_BYTES: Final = 128 << 20
 _SMALLEST_RING: Final = 1 << 20
 
 _THREADS: Final = 32
+
+_STEP_NS: Final = 10_000_000  # that much is no inaccuracy of looking at two clocks
+_AT_ONCE_NS: Final = 1_000_000
 
 
 class CaptureError(RuntimeError):
@@ -82,6 +86,7 @@ class CaptureSession:
         self._resources = ExitStack()
         self._last: dict[str, PointStatistics] | None = None
         self._comments: dict[int, list[str]] = {}
+        self._ahead = 0  # of the clock of frames and marks, before the steady one, when the captures were armed
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -95,6 +100,7 @@ class CaptureSession:
 
     def start(self) -> None:
         """Arm every point. CaptureError when one cannot be: then none is."""
+        self._ahead = _ahead()
         with ExitStack() as resources:
             rings = _open_rings(list(self._points.values()), self._ring_bytes)
             resources.callback(_close_rings, rings)
@@ -157,6 +163,8 @@ class CaptureSession:
         chosen = self.points if points is None else tuple(points)
         statistics = self._last or self._statistics(chosen)
         problems = []
+        if (back := self._ahead - _ahead()) > _STEP_NS:
+            problems.append(f"the clock was set back by {back / 1e9:.3f} s, so what came since a mark cannot be told")
         for at in chosen:
             self._tap(at)
             if not statistics[at].armed:
@@ -210,6 +218,17 @@ class CaptureSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _ahead() -> int:
+    """How far the clock of frames and marks is before the steady one: it can be set, in nanoseconds.
+
+    NTP's slow corrections are those of both clocks (clock_gettime(2)).
+    """
+    while True:
+        before, now, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        if after - before < _AT_ONCE_NS:
+            return now - after
 
 
 def _open_rings(points: Sequence[CapturePoint], size: int) -> list[PacketRing]:

@@ -430,7 +430,14 @@ def _tell_impairments(topology: Topology) -> None:
 
 
 def _directory(topology: Topology, directory: Path | None) -> Path:
-    return directory or Path(tempfile.mkdtemp(prefix=f"testbed-{topology.name}-"))
+    """The folder for logs and captures, made if it is not there."""
+    if directory is None:
+        return Path(tempfile.mkdtemp(prefix=f"testbed-{topology.name}-"))
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"{directory}: {error.strerror}", param_hint="--directory") from error
+    return directory
 
 
 def _as_values(record: Record) -> dict[str, object]:

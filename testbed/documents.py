@@ -156,8 +156,22 @@ def _schema_problems(document: Any, schema: Path) -> list[Problem]:
             what = f"{error.instance!r} is not {error.schema['title']}"
             found.append(((*where, error.instance) if is_key else where, what))
         else:
-            found.append((where, error.message))
+            found.append((where, _explained(error)))
     return found
+
+
+def _explained(error: jsonschema.ValidationError) -> str:
+    """What is wrong with a value, in words for who wrote it as YAML."""
+    value = error.instance
+    if error.validator == "maxProperties" and isinstance(value, Mapping) and isinstance(error.schema, Mapping):
+        return f"too much at once: {', '.join(key for key in value if key not in error.schema.get('required', ()))}"
+    wanted = error.validator_value if error.validator == "type" else ()
+    kinds = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Sequence) else []
+    if kinds and value is None:
+        return f"there is nothing, where {' or '.join(kinds)} is wanted"
+    if "string" in kinds and not isinstance(value, Mapping | Sequence):
+        return f"{error.message}; text that looks like something else is written with quotes"
+    return str(error.message)
 
 
 def _nearness(error: jsonschema.ValidationError) -> tuple[int, bool, bool]:

@@ -17,7 +17,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from testbed.frames import Frame
 from testbed.layers import (
@@ -32,6 +32,8 @@ from testbed.layers import (
     read_field,
 )
 from testbed.predicate_parts import Part, parts_of
+
+_LONGEST: Final = 300  # characters of a value in a message
 
 Match = Mapping[str, object] | Callable[..., object] | None
 
@@ -184,7 +186,8 @@ def _expected_text(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else repr(value) if isinstance(value, bytes) else str(value)
+    text = repr(value) if isinstance(value, bytes) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
 def _layers_of(function: Callable[..., object]) -> dict[str, Callable[[Frame], object]]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def test_a_lost_frame_is_an_error(link: Wire, tmp_path: Path) -> None:
             session.verify()
     with pytest.raises(CaptureError, match=f"right:eth0 lost {lost} frames"):
         session.verify()
+
+
+def test_a_clock_that_is_set_back_is_an_error(link: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that come then may be older than a mark, and nobody would look at them."""
+    with CaptureSession(link.points, tmp_path) as session:
+        session.verify()
+        now = time.time_ns
+        monkeypatch.setattr("testbed.capture.time.time_ns", lambda: now() - 3_000_000_000)
+        with pytest.raises(CaptureError, match=r"the clock was set back by (2\.99|3\.00)\d s"):
+            session.verify()
+        monkeypatch.undo()
 
 
 def test_vlan_tags_are_where_they_were_on_the_wire(link: Wire, tmp_path: Path) -> None:

@@ -169,6 +169,12 @@ def test_a_match_that_makes_no_sense_is_refused_even_when_nothing_is_seen(match:
         Watch(Past([])).expect_none(SERVER, match)
 
 
+def test_a_long_value_is_cut_in_what_a_failure_says() -> None:
+    text = text_of(lambda: Watch(Past(routed().frames)).expect(SERVER, {"raw.load": bytes(60_000)}, within=0.01))
+    assert len(text) < 10_000
+    assert "… (240003 characters)" in text
+
+
 def test_no_frame_is_looked_at_twice() -> None:
     frames = routed().frames
     looked: list[int] = []

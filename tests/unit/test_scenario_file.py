@@ -121,6 +121,7 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param("engine: {in: b, counters: {redirect: 1}}", "write hook.reason", id="counter"),
         pytest.param("engine: {in: b, counters: {PREROUTNG.redirect: 0}}", "did you mean 'PREROUTING'", id="hook"),
         pytest.param("engine: {in: b, counters: {OUTPUT.redirekt: 0}}", "did you mean 'redirect'", id="reason"),
+        pytest.param("change: {in: a, ip: a, nft: b}", "change: too much at once: ip, nft", id="two changes"),
         pytest.param("change: {in: a, tproxy: -F}", "a has no engine", id="no table"),
         pytest.param('change: {in: a, ip: "link \'x"}', "change.ip: No closing quotation", id="words"),
         pytest.param("change: {in: a, impair: {eth0: {}}}", "impair.eth0: a:eth0 is no end of an", id="unimpaired"),

@@ -170,6 +170,11 @@ ERRORS = {
         "5:5: nodes.gateway.kind: 'hub' is not one of ['host', 'router', 'bridge']",
     ),
     "wrong type": ("mtu: 1400", "mtu: big", "22:5: links[1].mtu: 'big' is not of type 'integer'"),
+    "text that is read as a truth value": (
+        "[serve,",
+        "[yes, true,",
+        "15:28: nodes.server.services.web.command[1]: True is not of type 'string', 'integer'; text that looks like",
+    ),
     "address that is none": (
         "10.1.0.2/24",
         "10.1.0.300/24",
@@ -209,7 +214,7 @@ ERRORS = {
     ),
     "no YAML": ("kind: router", "kind: [router", "topology:6:12: expected ',' or ']'"),
     "no mapping": (LAB, "- a list", "1:1: document: ['a list'] is not of type 'object'"),
-    "empty": (LAB, "", "1:1: document: None is not of type 'object'"),
+    "empty": (LAB, "", "1:1: document: there is nothing, where object is wanted"),
 }
 
 
