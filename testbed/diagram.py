@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from testbed.topology import End, Impairment, Kind, Link, Node, Topology
 
 _CHARACTER: Final = 6.7  # pixels, of the small monospaced letters
+_IN_SIGHT: Final = 700  # of a taller box not all is seen at once
 _LINE: Final = 13.0  # pixels from one line of text to the next
 _SPACE: Final = 12.0  # pixels between two nodes of a column
 _SLANT: Final = 44.0  # pixels in the middle of a link, where it may change its height
@@ -261,9 +262,11 @@ def _draw_node(root: ElementTree.Element, box: Box, node: Node) -> None:
     x, y, width, height = (f"{value:.1f}" for value in (box.x, box.y, box.width, box.height))
     ElementTree.SubElement(group, "rect", {"x": x, "y": y, "width": width, "height": height, "rx": _CORNER[node.kind]})
     lines = _inside(node)
-    top = box.y + box.height / 2 - len(lines) * 7.5 + 11
-    for number, (style, text) in enumerate(lines):
-        _write(group, text, box.x + box.width / 2, top + number * 15, style, "middle")
+    parts = max(1, round(box.height / _IN_SIGHT))  # in each of which it is written what this is
+    for part in range(parts):
+        top = box.y + box.height * (part + 0.5) / parts - len(lines) * 7.5 + 11
+        for number, (style, text) in enumerate(lines):
+            _write(group, text, box.x + box.width / 2, top + number * 15, style, "middle")
 
 
 def _draw_link(root: ElementTree.Element, layout: _Layout, number: int, link: Link) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -111,3 +112,9 @@ def test_names_are_escaped() -> None:
     hostile = '"><script>&'
     assert "<script" not in diagram(Topology("x", (Node(hostile),)))
     assert elements(Topology("x", (Node(hostile),)), "data-node") == [hostile]
+
+
+def test_the_name_of_a_tall_box_is_in_sight_wherever_one_looks() -> None:
+    places = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>router</text>', diagram(addressed(star(50))))]
+    assert len(places) > 4  # the name, and the kind, which has the same word
+    assert max(after - before for before, after in pairwise(places)) < 1000
