@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from pyroute2 import IPRoute
-
 from testbed import capabilities, craft
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
@@ -45,6 +43,7 @@ from testbed.undo import Undo
 from testbed.warden_handle import WardenHandle
 
 if TYPE_CHECKING:
+    from pyroute2 import IPRoute
     from scapy.packet import Packet
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
@@ -96,6 +95,8 @@ class NodeHandle:
 
     def route(self) -> IPRoute:
         """pyroute2 inside the node, for what changes while the lab runs: routes, addresses, links. Close it."""
+        from pyroute2 import IPRoute  # takes longer to import than the testbed itself
+
         return self.namespace.call(IPRoute)
 
     def run(

@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from testbed.capture import CaptureError
@@ -34,6 +33,9 @@ from testbed.recorder import Recording
 from testbed.report_ladders import LadderView, PacketLine, ladders
 from testbed.timeline import Timeline, timeline
 from testbed.trace import trace
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _Item = TypeVar("_Item")
 
@@ -89,6 +91,8 @@ def report(lab: Lab, failure: str = "") -> str:
 
     The engines are asked as long as the lab runs; captures and logs are there after its end as well.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # needed by few commands, and slow to import
+
     now = time.time_ns()
     environment = Environment(
         loader=PackageLoader("testbed"),

@@ -7,14 +7,11 @@ and reading goes on, so that all such values are found.
 from __future__ import annotations
 
 import ipaddress
-import random
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from nfq_engine.core.rule_text import parse_command, split_words
-from nfq_engine.core.ruleset import Ruleset
 from testbed.addressing import FAMILIES
 from testbed.documents import Problem, Where
 from testbed.topology import (
@@ -222,6 +219,12 @@ def _rate(text: str) -> float:
 
 def _check_rule(rule: str) -> None:
     """ValueError, in the engine's own words, when the engine would not start with a rule."""
+    # Only topologies with engines need the engine's parser.
+    import random
+
+    from nfq_engine.core.rule_text import parse_command, split_words
+    from nfq_engine.core.ruleset import Ruleset
+
     if "\n" in rule.strip():
         raise ValueError("a rule is one line")
     words = split_words(rule.strip())

@@ -1,6 +1,9 @@
 """This host's interfaces and addresses: names by index, first addresses, and what an address is to this host.
 
 Owns: a cache of all, thrown away whenever the kernel reports a change. Must not know what they are for.
+
+By hand and not by pyroute2: these are two dumps, and to import it takes longer than all else that an engine does until
+it is ready.
 """
 
 from __future__ import annotations
@@ -8,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from pyroute2 import IPRoute
-
 from nfq_engine.core.surroundings import AddressType
+from nfq_engine.shell import netlink
 
 _RTMGRP_LINK: Final = 0x1
 _RTMGRP_IPV4_IFADDR: Final = 0x10
@@ -25,7 +28,11 @@ _RTMGRP_IPV6_ROUTE: Final = 0x400
 _CHANGES: Final = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE
 
 # linux/rtnetlink.h
-_ROUTE_MESSAGES: Final = (24, 25)  # RTM_NEWROUTE, RTM_DELROUTE
+_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 20, 22, 24, 25, 26
+_ROUTE_MESSAGES: Final = (_RTM_NEWROUTE, _RTM_DELROUTE)
+_IFADDR: Final = struct.Struct("=BBBBI")  # linux/if_addr.h, struct ifaddrmsg: family, prefix, flags, scope, index
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type
+_IFA_ADDRESS, _IFA_LOCAL, _RTA_DST = 1, 2, 1
 _TABLE_AT: Final = 16 + 4  # of struct rtmsg, behind the header
 _TABLE_LOCAL: Final = 255
 _ROUTE_TYPES: Final = {2: AddressType.LOCAL, 3: AddressType.BROADCAST, 5: AddressType.MULTICAST}
@@ -122,15 +129,31 @@ def _ask(interface: str, size: int) -> bytes | None:
     """Ask the kernel for an interface's first address."""
     with contextlib.suppress(OSError):
         index = socket.if_nametoindex(interface)
-        with IPRoute() as route:
-            found = [
-                ipaddress.ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-                for message in route.get_addr(index=index, family=_FAMILY[size])
-                if not message["flags"] & _IFA_F_TENTATIVE
-            ]
+        found = []
+        for body in _dump(_RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(_FAMILY[size], 0, 0, 0, 0)):
+            _, _, flags, _, owner = _IFADDR.unpack_from(body)
+            values = netlink.attributes(body, _IFADDR.size, len(body))
+            if owner == index and not flags & _IFA_F_TENTATIVE:
+                begin, end = values.get(_IFA_LOCAL) or values[_IFA_ADDRESS]
+                found.append(ipaddress.ip_address(body[begin:end]))
         if found:
             return min(found, key=lambda address: address.is_link_local).packed
     return None
+
+
+def _dump(ask: int, answer: int, header: bytes) -> Iterator[bytes]:
+    """The bodies of a dump of this namespace's; OSError when the kernel refuses it."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking:
+        asking.send(netlink.plain_message(ask, netlink.REQUEST | netlink.DUMP, header))
+        while True:
+            data = asking.recv(netlink.LARGEST_READ)
+            for kind, _, at, end in netlink.messages(data):
+                if kind == netlink.ERROR:
+                    raise netlink.refused(netlink.error_of(data, at))
+                if kind == netlink.DONE:
+                    return
+                if kind == answer:
+                    yield data[at + netlink.HEADER_SIZE : end]
 
 
 def _is_about_another_table(report: bytes) -> bool:
@@ -142,12 +165,12 @@ def _is_about_another_table(report: bytes) -> bool:
 def _local_routes(size: int) -> list[_Route]:
     """The kernel's table `local` for addresses of `size` bytes, the longest prefixes first."""
     found = []
-    with IPRoute() as route:
-        for message in route.get_routes(family=_FAMILY[size], table=_TABLE_LOCAL):
-            bits = size * 8 - message["dst_len"]
-            destination = message.get_attr("RTA_DST")
-            first = int(ipaddress.ip_address(destination)) if destination else 0
-            found.append((bits, first, _ROUTE_TYPES.get(message["type"], AddressType.UNICAST)))
+    for body in _dump(_RTM_GETROUTE, _RTM_NEWROUTE, _RTMSG.pack(_FAMILY[size], 0, 0, 0, _TABLE_LOCAL, 0, 0, 0, 0)):
+        _, length, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(body)
+        if table == _TABLE_LOCAL:
+            begin, end = netlink.attributes(body, _RTMSG.size, len(body)).get(_RTA_DST, (0, 0))
+            bits, first = size * 8 - length, int.from_bytes(body[begin:end], "big")
+            found.append((bits, first, _ROUTE_TYPES.get(kind, AddressType.UNICAST)))
     return [(first, first | (1 << bits) - 1, type_) for bits, first, type_ in sorted(found, key=lambda each: each[0])]
 
 

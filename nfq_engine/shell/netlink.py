@@ -1,4 +1,4 @@
-"""Netlink messages of the netfilter subsystems, as bytes.
+"""Netlink messages, those of the netfilter subsystems above all, as bytes.
 
 Owns: headers, attributes, and how both are taken apart. Must not know what a message means (`ctnetlink`, `nftables`).
 Native byte order in the headers, network order in netfilter's numbers (linux/netlink.h, linux/netfilter/nfnetlink.h).
@@ -31,6 +31,7 @@ DONE: Final = 3
 LARGEST_READ: Final = 0x10000
 
 _HEADER: Final = struct.Struct("=IHHII")
+HEADER_SIZE: Final = _HEADER.size
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _ERROR: Final = struct.Struct("=i")
 _NESTED: Final = 0x8000
@@ -63,8 +64,12 @@ def nested(kind: int, *inner: bytes) -> bytes:
 
 def message(kind: int, flags: int, family: int, resource: int, body: bytes = b"", sequence: int = 0) -> bytes:
     """One message; `kind` has the subsystem in its upper byte."""
-    content = struct.pack("!BBH", family, 0, resource) + body
-    return _HEADER.pack(_HEADER.size + len(content), kind, flags, sequence, 0) + content
+    return plain_message(kind, flags, struct.pack("!BBH", family, 0, resource) + body, sequence)
+
+
+def plain_message(kind: int, flags: int, content: bytes, sequence: int = 0) -> bytes:
+    """One message of any netlink family."""
+    return _HEADER.pack(HEADER_SIZE + len(content), kind, flags, sequence, 0) + content
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
