@@ -26,7 +26,9 @@ _PACKET_VERSION: Final = 10
 _TPACKET_V3: Final = 2
 _ETH_P_ALL: Final = 3
 
-_BLOCK: Final = 1 << 18  # holds the largest segment that a device is handed, 64 KiB, with room
+# Holds the largest segment that a device is handed, 64 KiB, with room. No larger: a block is closed after a time,
+# however little is in it, so it is their number that tells how long the reader may be kept from reading.
+_BLOCK: Final = 1 << 17
 _FRAME: Final = 1 << 11  # V3 does not cut blocks into frames of this size; the kernel only checks that it divides them
 
 # After this time a block is closed though it is not full. Kernels before 6.18 round it up, and may take it twice.

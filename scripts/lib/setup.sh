@@ -16,6 +16,9 @@ readonly LOCKS=(requirements-build.lock requirements.lock)
 # Where nft and ip are; not everyone has it on PATH who is not root.
 PATH=$PATH:/usr/sbin:/sbin
 
+# A test run starts a thousand Pythons; with this set, each would compile all our sources anew.
+unset PYTHONDONTWRITEBYTECODE
+
 # CI logs are read as plain text, whatever the runner's terminal and environment say.
 if [[ ${CI:-} == true ]]; then
     unset FORCE_COLOR CLICOLOR_FORCE MYPY_FORCE_COLOR PYTEST_ADDOPTS
