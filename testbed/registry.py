@@ -198,9 +198,9 @@ def _answer(listener: socket.socket, lab: Lab) -> None:
     with asked:
         asked.settimeout(_QUESTION_PATIENCE)
         with contextlib.suppress(OSError):  # who asked is gone, or does not listen
-            question = json.loads(_everything(asked))
+            question = _everything(asked)
             try:
-                answer = _DONE + _answer_to(question, lab).encode(errors="replace")
+                answer = _DONE + _answer_to(json.loads(question), lab).encode(errors="replace")
             except (LabError, ServiceError) as error:
                 answer = _FAILED + str(error).encode(errors="replace")
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from testbed import registry
 from testbed.cli import main
 from testbed.process import start_time
 
@@ -141,6 +143,16 @@ def test_a_lab_is_found_from_another_folder_than_that_where_it_was_started(
         assert (told.returncode, told.stdout) == (0, f"{tmp_path / 'logs' / 'report.html'}\n"), told.stderr
     finally:
         run_testbed("down", name)
+
+
+def test_who_asks_a_keeper_and_says_nothing_does_no_harm(lab: str) -> None:
+    for nonsense in (b"", b"{", b"[]", b'{"want": "impair"}'):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.connect(str(registry._socket(lab)))
+            asking.sendall(nonsense)
+            asking.shutdown(socket.SHUT_WR)
+            assert asking.recv(100)[:1] == b"-"
+    assert run_testbed("report", lab).returncode == 0
 
 
 def test_a_report_is_opened_in_the_browser_or_says_that_there_is_none(
