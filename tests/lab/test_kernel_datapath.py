@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -651,6 +652,16 @@ def test_lost_reports_are_made_up_for(lab: EngineLab) -> None:
     assert "reports of conntrack were lost" in lab.lab.programs["gateway", "tproxyd"].log.read_text()
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """As many as this process may have, which is more than it has at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
 def test_the_sockets_of_a_big_program_that_dies_are_all_forgotten(lab: EngineLab) -> None:
     """All at once, more than one message to nf_tables can name."""
     here = lab.gateway.address(4, "eth0")
