@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -17,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """A .venv that was made before the plugin does not know it."""
     if not config.pluginmanager.hasplugin("testbed"):
         raise pytest.UsageError("the testbed's pytest plugin is not installed in .venv: scripts/test does that")
+
+
+@pytest.fixture
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands leave in the temporary folder on purpose, logs of labs, goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -49,6 +49,7 @@ class Shell:
         self._process.communicate("", timeout=PATIENCE)
 
 
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_the_tutorial_works_as_it_says_command_by_command(tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)  # as if in a clone
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")

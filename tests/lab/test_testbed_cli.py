@@ -19,7 +19,7 @@ from testbed import registry
 from testbed.cli import main
 from testbed.process import start_time
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("own_temporary_folder")]
 
 PATIENCE = 20.0
 LONG = f"60.{os.getpid()}"  # seconds; no other run has programs that sleep just as long
