@@ -29,7 +29,7 @@ from testbed.topology import Impairment
 
 RECORD: Final = struct.Struct(f"={len(COUNTERS)}Q")  # the counters of a direction in the shared file
 CONTROL: Final = "\0testbed-impairments"  # where changes come; an abstract name is of one network namespace (unix(7))
-DONE: Final = b"done"
+_DONE: Final = b"done"
 _ETH_P_ALL: Final = 3
 _ETH_P_8021Q: Final = 0x8100
 _PACKET_OUTGOING: Final = 4  # linux/if_packet.h
@@ -84,7 +84,7 @@ def _change(control: socket.socket, directions: Mapping[str, Direction]) -> None
     change = json.loads(data)
     directions[change["label"]].change(Impairment(**change["impairment"]))
     with contextlib.suppress(OSError):  # whoever asked is gone
-        control.sendto(DONE, sender)
+        control.sendto(_DONE, sender)
 
 
 def _carry(lanes: list[_Lane], counters: mmap.mmap, control: socket.socket) -> None:

@@ -152,7 +152,7 @@ def check_value(layer: str, field: str, value: object) -> object:
 
 
 def _address(value: object, versions: tuple[int, ...]) -> str:
-    address = ipaddress.ip_address(value if isinstance(value, str) else str(value))
+    address = ipaddress.ip_address(str(value))
     if address.version not in versions:
         raise ValueError(f"that is an address of IPv{address.version}")
     return str(address)
