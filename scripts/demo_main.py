@@ -14,9 +14,10 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from demo_checks import DATAGRAMS, FOREIGN, Run, checks, flow_text
 from rich.console import Console
@@ -84,6 +85,21 @@ def connected_sockets() -> set[tuple[str, int]]:
     return found
 
 
+def counters_at_rest(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The engine's counters once no packet was counted between two readings of them.
+
+    The engine answers from between its packets, so a reading may come while some have passed one hook and wait for the
+    next; those of a connection that the client closed are still on their way when the client has ended.
+    """
+    before, counters = None, read()
+    deadline = time.monotonic() + PATIENCE
+    while before != counters["hooks"]:
+        if time.monotonic() > deadline:
+            raise LabError(f"the engine still counted packets {PATIENCE} s after the last request")
+        before, counters = counters["hooks"], read()
+    return counters
+
+
 def work(lab: Lab) -> Run:
     """Let the lab do its job, and gather what there is to check."""
     client, gateway, server = lab["client"], lab["gateway"], lab["server"]
@@ -104,7 +120,7 @@ def work(lab: Lab) -> Run:
         asking = [*python, "udp-ask", FOREIGN[version], "--port", "7", "--count", str(DATAGRAMS)]
         asked[version] = json.loads(client.run(asking).stdout)
         sockets |= held_sockets(lab, version)
-    counters = json.loads(gateway.run(["tproxyctl", "counters", "--json"]).stdout)
+    counters = counters_at_rest(lambda: json.loads(gateway.run(["tproxyctl", "counters", "--json"]).stdout))
     connections = json.loads(gateway.run(["tproxyctl", "connections", "--json"]).stdout)
     during = rules(lab)
     lab.capture.settle()

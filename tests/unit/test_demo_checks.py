@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import demo_checks
+import demo_main
 import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Packet
@@ -149,3 +150,14 @@ def test_counters_of_the_other_datapath_are_told(datapath: str, hooks: tuple[int
 def test_a_queue_that_lost_packets_is_told() -> None:
     [problem] = CHECKS["kernel"](run_with((1, 1, 1), [INWARD, OUTWARD], dropped=1))
     assert problem.startswith("the queue lost packets")
+
+
+def test_counters_are_taken_when_no_packet_is_between_two_hooks() -> None:
+    """A reading in the midst of traffic, as one that had 2,767 packets at OUTPUT and 2,655 at POSTROUTING."""
+    readings = iter([(2700, 2655), (2767, 2655), (2767, 2767), (2767, 2767), (2768, 2768)])
+
+    def read() -> dict[str, Any]:
+        output, postrouting = next(readings)
+        return {"hooks": {"OUTPUT": {"accepted": output}, "POSTROUTING": {"accepted": postrouting}}}
+
+    assert demo_main.counters_at_rest(read)["hooks"]["POSTROUTING"] == {"accepted": 2767}
