@@ -18,9 +18,6 @@ import click
 from nfq_engine import cli_watch
 from nfq_engine.cli_forms import ask, console, endpoint, flow, table
 from nfq_engine.core.packet import Protocol
-from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
-from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
-from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
 
 _RULES_HELP: Final = """\b
 Rules are given as to iptables, without -t:
@@ -125,6 +122,11 @@ def run(program: tuple[str, ...], *, recvorigaddrs: bool) -> None:
     run at full speed. Without an engine they fail with ENOPROTOOPT, as on a kernel without tproxy. Pid, signals and
     exit status are the program's; 126 and 127 tell that it cannot be run.
     """
+    # Not with the rest: the supervisor is a fifth of what this command is to start, and no other command needs it.
+    from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError
+    from nfq_engine.shell.supervisor_engine import EngineHandler, EngineReceiver
+    from nfq_engine.shell.supervisor_launch import Supervision, SupervisorError, run_program
+
     supervision = Supervision(
         TPROXY_OPTIONS | ORIGINAL_DST_OPTIONS,
         lambda: EngineHandler(has_receiver=recvorigaddrs),

@@ -12,15 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice, repeat
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from rich.console import Group, RenderableType
-from rich.live import Live
-from rich.text import Text
 
 from nfq_engine import wire
 from nfq_engine.cli_forms import ask, console, endpoint, engine, flow, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON, an event a line.")
 _count: Final = click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N events.")
@@ -129,6 +129,8 @@ class Rate:
 @click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N looks.")
 def top(*, interval: float, lines: int, count: int | None) -> None:
     """Show the busiest connections, again and again, until Ctrl-C."""
+    from rich.live import Live
+
     looks = islice(_looks(interval), count)
     terminal = console()
     try:
@@ -173,6 +175,9 @@ def _carried(entry: dict[str, Any]) -> tuple[int, int]:
 
 def _screen(found: list[Rate], total: int, lines: int) -> RenderableType:
     """One look at the busiest connections."""
+    from rich.console import Group
+    from rich.text import Text
+
     listing = table(("protocol", "state", "original", "inside", "packets/s", "kB/s"))
     for rate in found[:lines]:
         entry = rate.connection
