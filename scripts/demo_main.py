@@ -28,7 +28,8 @@ from testbed.capture import CaptureError
 from testbed.connections import Connection, connections
 from testbed.lab import Lab, LabError
 from testbed.ladder import ladder
-from testbed.process import MARK, ServiceError, owner_mark, sweep
+from testbed.owner import MARK, owner_mark, sweep
+from testbed.process import ServiceError
 from testbed.report import write_report
 from testbed.topology_file import load
 from testbed.trace import trace

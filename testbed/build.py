@@ -27,7 +27,9 @@ from itertools import groupby
 from typing import Final
 
 from testbed import impair, rtnetlink, tc
+from testbed.errors import TestbedError
 from testbed.netns import Namespace
+from testbed.owner import environment, namespace_mark
 from testbed.plan import (
     AddAddress,
     AddRoute,
@@ -47,7 +49,6 @@ from testbed.plan import (
     WaitReady,
     describe,
 )
-from testbed.process import environment, namespace_mark
 from testbed.topology import BRIDGE, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
@@ -59,7 +60,7 @@ _RTMGRP_LINK: Final = 0x1
 _BRIDGE_INDEX: Final = 9  # links begin at 10
 
 
-class BuildError(Exception):
+class BuildError(TestbedError):
     """A lab could not be built; the message names the operation and what the kernel said."""
 
 

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from testbed.capture_reader import CaptureReader, Tap
+from testbed.errors import TestbedError
 from testbed.frames import Frame
 from testbed.netns import Namespace
 from testbed.packet_ring import PacketRing
@@ -43,7 +44,7 @@ _STEP_NS: Final = 10_000_000  # that much is no inaccuracy of looking at two clo
 _AT_ONCE_NS: Final = 1_000_000
 
 
-class CaptureError(RuntimeError):
+class CaptureError(TestbedError):
     """A capture cannot be made, or what it saw cannot be relied on."""
 
 

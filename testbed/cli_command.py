@@ -9,16 +9,19 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from testbed.errors import TestbedError
 from testbed.journal import LAB, command_line
-from testbed.lab import Lab, LabError
-from testbed.process import environment
+from testbed.owner import environment
 from testbed.registry import Record
+
+if TYPE_CHECKING:
+    from testbed.lab import Lab
 
 
 def become(record: Record, node: str, command: Sequence[str]) -> NoReturn:
-    """Become a command inside a node of a running lab; LabError when it cannot be run."""
+    """Become a command inside a node of a running lab; TestbedError when it cannot be run."""
     with record.namespace(node) as namespace, namespace.entered():
         try:
             os.execvpe(command[0], list(command), environment())
@@ -27,7 +30,7 @@ def become(record: Record, node: str, command: Sequence[str]) -> NoReturn:
 
 
 def run_captured(record: Record, node: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command inside a node of a running lab; LabError when it cannot be run."""
+    """Run a command inside a node of a running lab; TestbedError when it cannot be run."""
     with record.namespace(node) as namespace:
         try:
             with namespace.entered():
@@ -40,7 +43,7 @@ def run_captured(record: Record, node: str, command: Sequence[str]) -> subproces
 def run_in(
     lab: Lab, node: str | None, command: Sequence[str], *, is_captured: bool
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a node, or (None) here; LabError when it cannot be run. Its output is captured, or goes on."""
+    """Run a command in a node, or (None) here; TestbedError when that fails. Its output is captured, or goes on."""
     with lab.journal.during(node or LAB, command_line(command)) as entry:
         try:
             with lab[node].namespace.entered() if node is not None else contextlib.nullcontext():
@@ -85,6 +88,6 @@ def _finished(running: subprocess.Popen[str], command: Sequence[str]) -> subproc
     return subprocess.CompletedProcess(command, running.returncode, output, errors)
 
 
-def _cannot_run(node: str | None, command: Sequence[str], error: OSError | ValueError) -> LabError:
+def _cannot_run(node: str | None, command: Sequence[str], error: OSError | ValueError) -> TestbedError:
     why = error.strerror if isinstance(error, OSError) else error
-    return LabError(f"{f'{node}: ' if node is not None else ''}cannot run {command[0]!r}: {why}")
+    return TestbedError(f"{f'{node}: ' if node is not None else ''}cannot run {command[0]!r}: {why}")

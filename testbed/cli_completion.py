@@ -14,8 +14,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from testbed import registry
-from testbed.documents import DocumentError
-from testbed.topology_file import load
+from testbed.errors import TestbedError
 
 
 class Shell(StrEnum):
@@ -54,9 +53,11 @@ def nodes_of_file(context: click.Context, _parameter: click.Parameter, incomplet
     file = context.params.get("file") or next(iter(context.args), None)
     if file is None:
         return []
+    from testbed.topology_file import load  # which no other completion needs
+
     try:
         return _items((node.name for node in load(Path(file)).nodes), incomplete)
-    except (OSError, DocumentError):
+    except (OSError, TestbedError):
         return []
 
 

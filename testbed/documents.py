@@ -23,6 +23,8 @@ from ruamel.yaml.nodes import Node
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.tag import Tag
 
+from testbed.errors import TestbedError
+
 Where = tuple[str | int, ...]  # a path into a document, spelled as there
 Problem = tuple[Where, str]
 
@@ -30,7 +32,7 @@ _DEEPEST: Final = 20  # levels; the schemas know no more than twelve
 _MOST: Final = 100_000  # values, and keys with them; a star of 50 clients has 600
 
 
-class DocumentError(Exception):
+class DocumentError(TestbedError):
     """A document that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from testbed import rtnetlink, tc
+from testbed import capabilities, rtnetlink, tc
 from testbed.impair_model import Counts
 from testbed.impair_stage import CONTROL, RECORD
 from testbed.netns import Namespace
@@ -39,6 +39,12 @@ class ImpairError(Exception):
 def is_impaired(link: Link) -> bool:
     """Whether a link does anything to its packets."""
     return any(end.impair is not None for end in link.ends)
+
+
+def kernel_means(topology: Topology) -> frozenset[str]:
+    """What the kernel has that impairs links; not looked for where none is impaired."""
+    is_wanted = any(map(is_impaired, topology.links))
+    return frozenset(filter(capabilities.probe().has, KERNEL_MEANS)) if is_wanted else frozenset()
 
 
 def disciplines(impairment: Impairment) -> tuple[str, ...]:

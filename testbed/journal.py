@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from testbed.process import Program
+if TYPE_CHECKING:
+    from testbed.process import Program
 
 LAB: Final = "lab"  # where something happened that is no node's matter
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from testbed.impair import WIRE
 from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
-from testbed.process import KEEPS, owner_mark
+from testbed.owner import KEEPS, owner_mark
 from testbed.registry import LOG, Record, find, record_of, redirect
 from testbed.warden_handle import WardenHandle
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from testbed import capabilities, craft
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
+from testbed.errors import TestbedError
 from testbed.impair import (
-    KERNEL_MEANS,
     LOG,
     WIRE,
     ImpairError,
@@ -27,6 +27,7 @@ from testbed.impair import (
     Stage,
     described,
     is_impaired,
+    kernel_means,
     notes,
     why_in_user_space,
 )
@@ -34,8 +35,9 @@ from testbed.impair_model import Counts
 from testbed.journal import LAB, Journal, command_line
 from testbed.netns import Namespace
 from testbed.nsid import Watch
+from testbed.owner import environment, sweep, temporary_folder
 from testbed.plan import plan
-from testbed.process import Program, ServiceError, environment, sweep, temporary_folder
+from testbed.process import Program, ServiceError
 from testbed.recorder import Recorder, Recording
 from testbed.topology import ENGINE, Address, Impairment, Node, Readiness, Service, Topology
 from testbed.topology_file import check
@@ -53,13 +55,7 @@ _DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces a
 _Result = TypeVar("_Result")
 
 
-def kernel_means(topology: Topology) -> frozenset[str]:
-    """What the kernel has that impairs links; not looked for where none is impaired."""
-    is_wanted = any(map(is_impaired, topology.links))
-    return frozenset(filter(capabilities.probe().has, KERNEL_MEANS)) if is_wanted else frozenset()
-
-
-class LabError(Exception):
+class LabError(TestbedError):
     """A lab did not work as it should; one line a failure."""
 
 

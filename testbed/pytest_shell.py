@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.lab import Lab
-from testbed.process import environment
+from testbed.owner import environment
 from testbed.registry import record_of
 
 

@@ -1,7 +1,8 @@
-"""Labs that outlive the command that started them: who keeps them, and how others find their namespaces.
+"""Labs that outlive the command that started them: how others find them, their namespaces and their keepers.
 
-Owns: the keeper process of `testbed up` and its record. A lab's namespaces are the keeper's descriptors, so they end
-with it, however it ends; a record whose keeper is gone is removed by whoever meets it.
+Owns: the records, and the questions to a keeper (up.py, keeper.py). A lab's namespaces are the keeper's descriptors, so
+they end with it, however it ends; a record whose keeper is gone is removed by whoever meets it. `testbed exec` and the
+completion of a shell import this: it imports no lab.
 """
 
 from __future__ import annotations
@@ -13,29 +14,27 @@ import os
 import select
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-from testbed.lab import Lab, LabError
+from testbed.errors import TestbedError
 from testbed.netns import Namespace
-from testbed.process import ServiceError, start_time
-from testbed.report import report
-from testbed.topology import Impairment, Topology
+from testbed.owner import start_time
+
+if TYPE_CHECKING:
+    from testbed.topology import Impairment
 
 _PATIENCE: Final = 15.0  # seconds for a lab to end
-_ANSWER_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
-_QUESTION_PATIENCE: Final = 5.0  # seconds for somebody to ask
-_DONE: Final = b"+"  # what a keeper's answer begins with
-_FAILED: Final = b"-"
+ANSWER_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
+DONE: Final = b"+"  # what a keeper's answer begins with
+FAILED: Final = b"-"
 LOG: Final = "keeper.log"  # in the lab's directory: what went wrong in the end
 
 
-class RegistryError(Exception):
+class RegistryError(TestbedError):
     """There is no such lab, or there is one already; the message says which."""
 
 
@@ -60,7 +59,7 @@ class Record:
 
     def remove(self) -> None:
         """Let nobody find it any more."""
-        _forget(self.name)
+        forget(self.name)
 
     def namespace(self, node: str) -> Namespace:
         """The namespace of a node."""
@@ -88,7 +87,7 @@ def records() -> list[Record]:
             if record.is_alive:
                 found.append(record)
                 continue
-        _forget(path.stem)
+        forget(path.stem)
     return found
 
 
@@ -117,25 +116,6 @@ def record_of(name: str, logs: Path, namespaces: Mapping[str, Namespace]) -> Rec
         return record
 
 
-def up(topology: Topology, logs: Path) -> Record:
-    """Start a lab that runs until `down`; whatever keeps it from starting is told here."""
-    with lock() as held:
-        if any(record.name == topology.name for record in records()):
-            raise RegistryError(f"the lab {topology.name} runs already")
-        reading, writing = os.pipe()
-        if os.fork() == 0:
-            os.close(reading)
-            os.close(held)  # else the lab would hold it as long as it lives
-            _keep(topology, logs, writing)
-        os.close(writing)
-        with os.fdopen(reading) as told:
-            problem = told.read()
-        os.wait()
-        if problem:
-            raise RegistryError(problem)
-        return find(topology.name)
-
-
 def down(record: Record) -> None:
     """End a lab and wait until its keeper is gone; RegistryError with what the keeper had to complain of."""
     log = Path(record.directory, LOG)
@@ -160,60 +140,26 @@ def impair(record: Record, label: str, impairment: Impairment) -> None:
 def _ask(record: Record, question: Mapping[str, object]) -> str:
     """A keeper's answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(_ANSWER_PATIENCE)
+        asking.settimeout(ANSWER_PATIENCE)
         try:
-            asking.connect(str(_socket(record.name)))
+            asking.connect(str(socket_of(record.name)))
             asking.sendall(json.dumps(question).encode())
             asking.shutdown(socket.SHUT_WR)
-            answer = _everything(asking)
+            answer = everything(asking)
         except TimeoutError as error:
             raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not answer") from error
         except OSError as error:
             # A lab that a test left running has no captures any more, and the test wrote what there was.
             raise RegistryError(f"{record.name} cannot be asked; see {record.directory}") from error
     verdict, text = answer[:1], answer[1:].decode()
-    if verdict != _DONE:
+    if verdict != DONE:
         raise RegistryError(f"{record.name}: {text or 'its keeper ended'}")
     return text
 
 
-def _everything(sock: socket.socket) -> bytes:
+def everything(sock: socket.socket) -> bytes:
     """What comes until the other end has no more to say."""
     return b"".join(iter(lambda: sock.recv(1 << 16), b""))
-
-
-@contextlib.contextmanager
-def _listening(name: str) -> Iterator[socket.socket]:
-    """Where a keeper is asked; only this user can reach it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        _socket(name).unlink(missing_ok=True)  # of a keeper that was killed
-        listener.bind(str(_socket(name)))
-        listener.listen()
-        yield listener
-
-
-def _answer(listener: socket.socket, lab: Lab) -> None:
-    """Wait for a question, and answer it."""
-    asked, _ = listener.accept()
-    with asked:
-        asked.settimeout(_QUESTION_PATIENCE)
-        with contextlib.suppress(OSError):  # who asked is gone, or does not listen
-            question = _everything(asked)
-            try:
-                answer = _DONE + _answer_to(json.loads(question), lab).encode(errors="replace")
-            except (LabError, ServiceError) as error:
-                answer = _FAILED + str(error).encode(errors="replace")
-            except Exception as error:
-                answer = _FAILED + repr(error).encode(errors="replace")
-            asked.settimeout(_ANSWER_PATIENCE)
-            asked.sendall(answer)
-
-
-def _answer_to(question: Mapping[str, Any], lab: Lab) -> str:
-    if question["want"] == "report":
-        return report(lab)
-    lab.impair(question["end"], Impairment(**question["impairment"]))
-    return ""
 
 
 def _wait_gone(record: Record) -> None:
@@ -225,48 +171,6 @@ def _wait_gone(record: Record) -> None:
     with contextlib.closing(os.fdopen(descriptor)) as ended:
         if not select.select([ended], [], [], _PATIENCE)[0]:
             raise RegistryError(f"the keeper of {record.name} (pid {record.pid}) does not end")
-
-
-class _Down(BaseException):
-    """SIGTERM came."""
-
-
-def _keep(topology: Topology, logs: Path, telling: int) -> None:
-    """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns."""
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    status = 1
-    try:
-        # Not blocked and waited for: what the keeper starts would have it blocked, too.
-        signal.signal(signal.SIGTERM, _leave)
-        redirect(logs / LOG)
-        with contextlib.suppress(_Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
-            nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
-            record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
-            record.write()
-            os.close(telling)
-            telling = -1
-            with contextlib.suppress(_Down):
-                while True:
-                    _answer(listener, lab)
-        status = 0
-    except Exception as error:
-        message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
-        if telling >= 0:
-            os.write(telling, message.encode())
-        else:
-            sys.stderr.write(message + "\n")
-            sys.stderr.flush()
-    finally:
-        _forget(topology.name)
-        os._exit(status)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Answer to SIGTERM: once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Down
 
 
 def redirect(log: Path) -> None:
@@ -282,14 +186,15 @@ def _path(name: str) -> Path:
     return directory() / f"{name}.json"
 
 
-def _socket(name: str) -> Path:
+def socket_of(name: str) -> Path:
+    """Where the keeper of a lab is asked."""
     return directory() / f"{name}.sock"
 
 
-def _forget(name: str) -> None:
+def forget(name: str) -> None:
     """Remove what is there of a lab."""
     _path(name).unlink(missing_ok=True)
-    _socket(name).unlink(missing_ok=True)
+    socket_of(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

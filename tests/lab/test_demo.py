@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.process import MARK, start_time
+from testbed.owner import MARK, start_time
 
 pytestmark = pytest.mark.lab
 

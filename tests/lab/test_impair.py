@@ -28,7 +28,8 @@ from testbed.impair import LOG
 from testbed.impair_model import Direction
 from testbed.keeper import hand_over
 from testbed.lab import Lab, LabError
-from testbed.process import ServiceError, start_time
+from testbed.owner import start_time
+from testbed.process import ServiceError
 from testbed.topology import Impairment
 from testbed.topology_file import load, loads
 from testbed.traffic import content

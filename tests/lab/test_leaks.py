@@ -18,7 +18,7 @@ import pytest
 
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.process import MARK, start_time, sweep
+from testbed.owner import MARK, start_time, sweep
 
 pytestmark = pytest.mark.lab
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from testbed.netns import Namespace
-from testbed.process import Program, ServiceError, owner_mark, sweep
+from testbed.owner import owner_mark, sweep
+from testbed.process import Program, ServiceError
 from testbed.topology import Readiness
 
 pytestmark = pytest.mark.lab
@@ -154,7 +155,7 @@ def test_a_program_outlives_the_thread_that_started_it(namespace: Namespace, tmp
 
 def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     mark_of_this_test = f"TESTBED_OWNER_{os.getpid()}"  # or labs that start meanwhile would sweep, too
-    monkeypatch.setattr("testbed.process.MARK", mark_of_this_test)
+    monkeypatch.setattr("testbed.owner.MARK", mark_of_this_test)
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     pid_namespace, _, _ = owner_mark().split(":")
     started = Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -22,7 +22,7 @@ import pytest
 from traffic_checks import tcpdump
 
 from testbed import registry
-from testbed.process import start_time, sweep
+from testbed.owner import start_time, sweep
 
 pytestmark = pytest.mark.lab
 
@@ -367,8 +367,8 @@ def test_a_kept_lab_lives_on_as_it_was_until_it_is_ended(
     project: pytest.Pytester, name: str, workers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A mark of its own: other versions of the testbed may sweep this machine meanwhile.
-    monkeypatch.setattr("testbed.process.MARK", "TESTBED_KEPT_OWNER")
-    project.makeconftest("from testbed import process\nprocess.MARK = 'TESTBED_KEPT_OWNER'")
+    monkeypatch.setattr("testbed.owner.MARK", "TESTBED_KEPT_OWNER")
+    project.makeconftest("from testbed import owner\nowner.MARK = 'TESTBED_KEPT_OWNER'")
     service = "{services: {s: {command: ['{python}', -m, http.server, '8000'], ready: {port: 8000}}}}"
     project.makefile(".yaml", lab=PAIR.format(name=name, node=service))
     project.makepyfile(test_it=FAILS, test_other=PASSES)

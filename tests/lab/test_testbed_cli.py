@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from testbed import registry
 from testbed.cli import main
-from testbed.process import start_time
+from testbed.owner import start_time
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("own_temporary_folder")]
 
@@ -148,7 +148,7 @@ def test_a_lab_is_found_from_another_folder_than_that_where_it_was_started(
 def test_who_asks_a_keeper_and_says_nothing_does_no_harm(lab: str) -> None:
     for nonsense in (b"", b"{", b"[]", b'{"want": "impair"}'):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-            asking.connect(str(registry._socket(lab)))
+            asking.connect(str(registry.socket_of(lab)))
             asking.sendall(nonsense)
             asking.shutdown(socket.SHUT_WR)
             assert asking.recv(100)[:1] == b"-"

@@ -17,7 +17,7 @@ from engine_lab import until
 
 from nfq_engine.client import Flag, Tproxy
 from testbed.lab import Lab
-from testbed.process import environment
+from testbed.owner import environment
 from testbed.topology_file import loads
 
 pytestmark = pytest.mark.lab

@@ -1,0 +1,92 @@
+"""`testbed` and files: validate, plan, diagram. Nothing is built.
+
+Owns: arguments, what is printed, exit codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from testbed.cli_options import AS_JSON, FILE, examples
+from testbed.diagram import diagram
+from testbed.documents import DocumentError
+from testbed.impair import kernel_means
+from testbed.plan import describe, plan
+from testbed.scenario_file import is_scenario, load_scenario
+from testbed.topology import Topology
+from testbed.topology_file import load
+
+
+@click.command(epilog=examples("validate lab.yaml", "validate topologies/scenarios/proxy-dies.yaml --json"))
+@FILE
+@AS_JSON
+def validate(file: Path, *, as_json: bool) -> None:
+    """Check a topology or scenario file.
+
+    Every problem is told, with line and column; with --json on standard output.
+    """
+    try:
+        found = _summary(file)
+    except DocumentError as error:
+        if not as_json:
+            raise
+        click.echo(json.dumps({"file": str(file), "valid": False, "problems": str(error).splitlines()}, indent=2))
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "valid": True, **found}))
+    else:
+        name, *rest = found.values()
+        words = " in ".join if "steps" in found else ", ".join
+        click.echo(
+            f"{file}: {name}: {words(_amount(key, value) for key, value in zip([*found][1:], rest, strict=True))}"
+        )
+
+
+def _summary(file: Path) -> dict[str, str | int]:
+    """What is in a file, in a few words."""
+    if is_scenario(file):
+        scenario = load_scenario(file)
+        return {"name": scenario.name, "steps": len(scenario.steps), "topology": scenario.topology.name}
+    topology = load(file)
+    return {"name": topology.name, "nodes": len(topology.nodes), "links": len(topology.links)}
+
+
+def _amount(key: str, value: str | int) -> str:
+    return f"{value} {key}" if isinstance(value, int) else value
+
+
+@click.command("plan", epilog=examples("plan lab.yaml", "plan lab.yaml --json"))
+@FILE
+@AS_JSON
+def show_plan(file: Path, *, as_json: bool) -> None:
+    """Print the operations that build a lab, without building it."""
+    topology = topology_of(file)
+    operations = plan(topology, kernel_means(topology))
+    if as_json:
+        values = [{"operation": type(each).__name__, **dataclasses.asdict(each)} for each in operations]
+        click.echo(json.dumps(values, indent=2, default=str))
+        return
+    for operation in operations:
+        click.echo(describe(operation))
+
+
+@click.command("diagram", epilog=examples("diagram lab.yaml -o lab.svg"))
+@FILE
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of standard output.")
+def draw(file: Path, output: Path | None) -> None:
+    """Draw a topology as SVG, without building it."""
+    picture = diagram(topology_of(file))
+    if output is None:
+        click.echo(picture, nl=False)
+    else:
+        output.write_text(picture)
+
+
+def topology_of(file: Path) -> Topology:
+    """A topology, or a scenario's."""
+    return load_scenario(file).topology if is_scenario(file) else load(file)

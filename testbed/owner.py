@@ -1,0 +1,126 @@
+"""Whose a process, a namespace or a folder is, and the end of those whose owner is gone.
+
+Owns: the marks of a lab's owner, which is the process that builds it, and `sweep`. A process is marked in its
+environment, and by its namespace: it may have thrown its environment away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from testbed import rtnetlink
+from testbed.netns import Namespace
+
+# In the environment of every process of a lab, and with each of its namespaces: the owner, as `owner_mark` tells it.
+MARK: Final = "TESTBED_OWNER"
+KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): the owner from which it took a lab over
+
+_Owner = tuple[str, str, str]  # pid namespace, pid, start time
+
+
+def owner_mark() -> str:
+    """This process as an owner: its pid, which pids those are, and its start time, since pids come back."""
+    return f"{_pid_namespace()}:{os.getpid()}:{start_time(os.getpid())}"
+
+
+def _pid_namespace() -> int:
+    """Processes of containers are seen from outside, with other pids."""
+    return Path("/proc/self/ns/pid").stat().st_ino
+
+
+def namespace_mark() -> str:
+    """What a lab's namespaces are marked with (rtnetlink.mark): a process may have thrown its environment away."""
+    return f"{MARK}={owner_mark()}"
+
+
+def environment() -> dict[str, str]:
+    """What a lab's processes find in their environment: ours, the owner's mark, this Python's commands in the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path, MARK: owner_mark()}
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in ticks since boot (proc(5), field 22); None when it is gone, be it not yet reaped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def temporary_folder(name: str) -> Path:
+    """A folder for a lab that has none, not made yet; it says in its name whose it is."""
+    owner = owner_mark().replace(":", "-")
+    return Path(tempfile.gettempdir(), f"testbed-{name}-{owner}-{secrets.token_hex(4)}")
+
+
+def sweep() -> list[int]:
+    """Kill the processes of labs whose owner is gone, and remove their temporary folders; the pids."""
+    killed = []
+    owners = _owners(MARK)
+    orphans = {pid: owner for pid, owner in (owners | _owners_by_namespace(owners)).items() if _is_gone(*owner)}
+    kept = set(_owners(KEEPS).values()) if orphans else set()
+    for pid, owner in orphans.items():
+        if owner not in kept:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+    for folder in Path(tempfile.gettempdir()).glob("testbed-*"):
+        named = re.fullmatch(r"testbed-.+-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}", folder.name)
+        if named is not None and _is_gone(*named.groups()):
+            shutil.rmtree(folder, ignore_errors=True)
+    return killed
+
+
+def _owners(variable: str) -> dict[int, _Owner]:
+    """The processes with an owner's mark in their environment, and the owner."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ = (process / "environ").read_bytes().decode(errors="replace")
+            if (owner := _read_mark(variable, environ)) is not None:
+                found[int(process.name)] = owner
+    return found
+
+
+def _owners_by_namespace(known: Collection[int]) -> dict[int, _Owner]:
+    """The other processes that are in a marked namespace, and the owner."""
+    ours = Path("/proc/self/ns/net").stat().st_ino
+    inside: defaultdict[int, list[int]] = defaultdict(list)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(process.name) not in known and (number := (process / "ns/net").stat().st_ino) != ours:
+                inside[number].append(int(process.name))
+    found: dict[int, _Owner] = {}
+    for pids in inside.values():
+        with (
+            contextlib.suppress(OSError),
+            Namespace.of_process(pids[0]) as namespace,
+            namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
+        ):
+            if (owner := _read_mark(MARK, rtnetlink.marked(netlink))) is not None:
+                found |= dict.fromkeys(pids, owner)
+    return found
+
+
+def _read_mark(variable: str, text: str) -> _Owner | None:
+    """The owner that a mark tells, among others that NUL bytes part."""
+    match = re.search(rf"(?:^|\0){variable}=(\d+):(\d+):(\d+)(?:\0|$)", text)
+    return None if match is None else (match[1], match[2], match[3])
+
+
+def _is_gone(pid_namespace: str, pid: str, started: str) -> bool:
+    """Whether an owner is no more; of one in another container that cannot be known."""
+    return int(pid_namespace) == _pid_namespace() and start_time(int(pid)) != started

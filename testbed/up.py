@@ -1,0 +1,136 @@
+"""`testbed up`: a lab that a process of its own builds and keeps.
+
+Owns: the keeper, from its fork to SIGTERM, and its answers. Its record is registry.py's; a lab that somebody else built
+is kept by keeper.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from testbed.errors import TestbedError
+from testbed.lab import Lab
+from testbed.owner import start_time
+from testbed.registry import (
+    ANSWER_PATIENCE,
+    DONE,
+    FAILED,
+    LOG,
+    Record,
+    RegistryError,
+    everything,
+    find,
+    forget,
+    lock,
+    records,
+    redirect,
+    socket_of,
+)
+from testbed.report import report
+from testbed.topology import Impairment, Topology
+
+_QUESTION_PATIENCE: Final = 5.0  # seconds for somebody to ask
+
+
+def up(topology: Topology, logs: Path) -> Record:
+    """Start a lab that runs until `down`; whatever keeps it from starting is told here."""
+    with lock() as held:
+        if any(record.name == topology.name for record in records()):
+            raise RegistryError(f"the lab {topology.name} runs already")
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(reading)
+            os.close(held)  # else the lab would hold it as long as it lives
+            _keep(topology, logs, writing)
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            problem = told.read()
+        os.wait()
+        if problem:
+            raise RegistryError(problem)
+        return find(topology.name)
+
+
+class _Down(BaseException):
+    """SIGTERM came."""
+
+
+def _keep(topology: Topology, logs: Path, telling: int) -> None:
+    """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns."""
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    status = 1
+    try:
+        # Not blocked and waited for: what the keeper starts would have it blocked, too.
+        signal.signal(signal.SIGTERM, _leave)
+        redirect(logs / LOG)
+        with contextlib.suppress(_Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
+            nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
+            record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
+            record.write()
+            os.close(telling)
+            telling = -1
+            with contextlib.suppress(_Down):
+                while True:
+                    _answer(listener, lab)
+        status = 0
+    except Exception as error:
+        message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
+        if telling >= 0:
+            os.write(telling, message.encode())
+        else:
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
+    finally:
+        forget(topology.name)
+        os._exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Answer to SIGTERM: once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Down
+
+
+@contextlib.contextmanager
+def _listening(name: str) -> Iterator[socket.socket]:
+    """Where a keeper is asked; only this user can reach it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        socket_of(name).unlink(missing_ok=True)  # of a keeper that was killed
+        listener.bind(str(socket_of(name)))
+        listener.listen()
+        yield listener
+
+
+def _answer(listener: socket.socket, lab: Lab) -> None:
+    """Wait for a question, and answer it."""
+    asked, _ = listener.accept()
+    with asked:
+        asked.settimeout(_QUESTION_PATIENCE)
+        with contextlib.suppress(OSError):  # who asked is gone, or does not listen
+            question = everything(asked)
+            try:
+                answer = DONE + _answer_to(json.loads(question), lab).encode(errors="replace")
+            except TestbedError as error:
+                answer = FAILED + str(error).encode(errors="replace")
+            except Exception as error:
+                answer = FAILED + repr(error).encode(errors="replace")
+            asked.settimeout(ANSWER_PATIENCE)
+            asked.sendall(answer)
+
+
+def _answer_to(question: Mapping[str, Any], lab: Lab) -> str:
+    if question["want"] == "report":
+        return report(lab)
+    lab.impair(question["end"], Impairment(**question["impairment"]))
+    return ""
