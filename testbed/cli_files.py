@@ -18,7 +18,7 @@ from testbed.documents import DocumentError
 from testbed.impair import kernel_means
 from testbed.plan import describe, plan
 from testbed.scenario_file import is_scenario, load_scenario
-from testbed.topology import Topology
+from testbed.topology import End, Topology
 from testbed.topology_file import load
 
 
@@ -75,16 +75,42 @@ def show_plan(file: Path, *, as_json: bool) -> None:
         click.echo(describe(operation))
 
 
-@click.command("diagram", epilog=examples("diagram lab.yaml -o lab.svg"))
+@click.command("diagram", epilog=examples("diagram lab.yaml -o lab.svg", "diagram lab.yaml --json"))
 @FILE
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Instead of standard output.")
-def draw(file: Path, output: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="What is drawn, as JSON: each node, each link, with addresses.")
+def draw(file: Path, output: Path | None, *, as_json: bool) -> None:
     """Draw a topology as SVG, without building it."""
-    picture = diagram(topology_of(file))
+    topology = topology_of(file)
+    drawn = f"{json.dumps(_drawn(topology), indent=2)}\n" if as_json else diagram(topology)
     if output is None:
-        click.echo(picture, nl=False)
+        click.echo(drawn, nl=False)
     else:
-        output.write_text(picture)
+        output.write_text(drawn)
+
+
+def _drawn(topology: Topology) -> dict[str, object]:
+    """What a diagram shows."""
+    nodes = [
+        {
+            "name": node.name,
+            "kind": node.kind.value,
+            "engine": node.engine.datapath if node.engine is not None else None,
+            "services": [service.name for service in node.services],
+        }
+        for node in topology.nodes
+    ]
+    links = [{"mtu": link.mtu, "ends": [_end(end) for end in link.ends]} for link in topology.links]
+    return {"name": topology.name, "nodes": nodes, "links": links}
+
+
+def _end(end: End) -> dict[str, object]:
+    return {
+        "node": end.node,
+        "interface": end.interface,
+        "addresses": [str(address) for address in end.addresses],
+        "impair": dataclasses.asdict(end.impair) if end.impair is not None else None,
+    }
 
 
 def topology_of(file: Path) -> Topology:

@@ -334,6 +334,25 @@ def test_a_plan_and_a_diagram_of_a_scenario_are_those_of_its_topology(file: Path
         assert run_testbed(command, scenario).stdout == run_testbed(command, file).stdout != ""
 
 
+def test_what_a_diagram_shows_is_told_as_json(tmp_path: Path) -> None:
+    """With the addresses that are given by place, which the file does not have."""
+    file = tmp_path / "lab.yaml"
+    file.write_text(
+        "name: drawn\nnodes: {a: {}, b: {kind: router, engine: {datapath: kernel}}}\n"
+        "links: [{ends: [{node: a, impair: {loss: 5%}}, {node: b}]}]\n"
+    )
+    assert run_testbed("diagram", file, "--json", "-o", tmp_path / "drawn.json").stdout == ""
+    drawn = json.loads((tmp_path / "drawn.json").read_text())
+    assert drawn["name"] == "drawn"
+    assert [(node["name"], node["kind"], node["engine"]) for node in drawn["nodes"]] == [
+        ("a", "host", None),
+        ("b", "router", "kernel"),
+    ]
+    ((a, b),) = [link["ends"] for link in drawn["links"]]
+    assert (a["node"], a["interface"], a["impair"]["loss"], b["impair"]) == ("a", "eth0", 0.05, None)
+    assert len({*a["addresses"], *b["addresses"]}) == 4
+
+
 def completed(*words: str) -> list[str]:
     """What a shell offers behind these words; the last is what was typed of the next one."""
     line = ["testbed", *words]
@@ -384,7 +403,7 @@ def test_each_command_has_its_help_with_an_example_exit_codes_and_json_where_it_
         text = runner.invoke(main, [command, "--help"], prog_name="testbed").stdout
         assert f"  testbed {command}" in text.partition("Examples:")[2]
         assert "Exit codes: " in text
-        assert ("--json" in text) == (command not in ("diagram", "shell"))
+        assert ("--json" in text) == (command != "shell")
 
 
 def test_how_a_command_ended_is_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
