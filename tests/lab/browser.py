@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,12 @@ class Browser:
     url: str
 
     def open(self, page: str) -> None:
-        """Go to an address."""
+        """Go to an address, and wait until its page is there: the driver may answer while the last one still is."""
         ask(f"{self.url}/url", {"url": page})
+        deadline = time.monotonic() + PATIENCE
+        while not self.evaluate(f"document.readyState == 'complete' && location.href == {json.dumps(page)}"):
+            assert time.monotonic() < deadline, f"{page} is not loaded"
+            time.sleep(0.05)
 
     def click(self, selector: str) -> None:
         ask(f"{self.url}/element/{self._find(selector)}/click", {})

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "programs"
 HARNESS = Path(__file__).with_name("supervisor_harness.py")
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 
 IP_TPROXY, IP_RECVORIGADDRS, SO_ORIGINAL_DST = 11274, 11273, 80
 VERSION, ASSIGN, UNASSIGN, QUERY, FLAGS, ALLOC, CONNECT = range(7)

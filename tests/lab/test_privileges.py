@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,17 +119,22 @@ finally:
 def test_administrators_of_the_namespace_s_own_user_namespace_may(datapath: str) -> None:
     """Without any privilege outside; but not those of a user namespace within, whom the network does not belong to."""
     command = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", ROOTLESS]
-    result = subprocess.run(
+    with subprocess.Popen(
         [*command, datapath, ASSIGN_THREE_TIMES],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=Path("/"),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
+        start_new_session=True,
+    ) as running:
+        try:
+            output, errors = running.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # its engine, too
+            raise
+    assert running.returncode == 0, errors
+    assert output.splitlines() == [
         "client owner OK EPERM OK",
         "client inner EPERM EPERM EPERM",
         "setsockopt owner OK EPERM OK",
