@@ -1,7 +1,7 @@
 """testbed: labs from the command line.
 
 Owns: which commands there are and where, and how what goes wrong is told. A command's module is imported when the
-command is called: pressing TAB does not wait for what only building a lab needs.
+command is called: `exec`, and TAB behind it, do not wait for what only building a lab needs.
 """
 
 from __future__ import annotations
@@ -50,9 +50,6 @@ Exec, shell and run end with the command's own; run ends with 1 when a step of a
 class _Commands(click.Group):
     """Commands that are imported when they are called, and whose expected troubles are told without a traceback."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_WHERE])
-
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _WHERE:
             return super().get_command(ctx, cmd_name)
@@ -74,6 +71,10 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, epilog=_EPILOG)
 def main() -> None:
     """Labs of network namespaces, built from topology files."""
+
+
+for _name in _WHERE:
+    main.add_command(click.Command(_name))  # click looks among these for what a mistyped name may mean
 
 
 @main.command(

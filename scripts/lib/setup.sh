@@ -176,7 +176,7 @@ build_venv() {
 }
 
 install_project() {
-    pip_install --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+    pip_install --no-deps --no-build-isolation --editable .
     local conflicts
     conflicts=$("$VENV_PYTHON" -m pip check) ||
         die "$conflicts"$'\nthe lock files are older than pyproject.toml: run scripts/lib/lock.sh'

@@ -275,6 +275,7 @@ def test_run_takes_the_lab_down_when_it_is_ended(file: Path, tmp_path: Path) -> 
         pytest.param(("exec", "--lab", "no-such-lab", "a", "--", "true"), 1, "no lab 'no-such-lab'", id="exec, no lab"),
         pytest.param(("exec", "a"), 2, "Missing argument 'COMMAND", id="exec, no command"),
         pytest.param(("frobnicate",), 2, "No such command 'frobnicate'", id="no command"),
+        pytest.param(("dwon",), 2, "'down'", id="a command, misspelt"),
     ],
 )
 def test_a_mistake_is_told_without_a_traceback(words: tuple[str, ...], status: int, message: str) -> None:

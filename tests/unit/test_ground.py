@@ -74,6 +74,23 @@ def test_the_import_ban_is_for_core_alone(path: str) -> None:
     assert not banned("\n".join(IMPURE), path)
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("testbed.cli_running", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
+        ("testbed.cli", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
+        ("testbed.capabilities", {"click", "pyroute2", "scapy"}),
+        ("nfq_engine.cli", {"nfq_engine.shell.supervisor_launch", "rich"}),
+        ("nfq_engine.daemon", {"pyroute2", "scapy", "rich"}),
+    ],
+)
+def test_what_is_to_start_at_once_imports_nothing_that_takes_long(module: str, heavy: set[str]) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert module in loaded
+    assert not heavy & set(loaded)
+
+
 def test_nothing_but_scripts_imports_all_of_scapy() -> None:
     imports = re.compile(r"^\s*(from|import) scapy\.all\b", re.MULTILINE)
     folders = ("nfq_engine", "testbed", "tests")
