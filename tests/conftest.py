@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """A .venv that was made before the plugin does not know it."""
     if not config.pluginmanager.hasplugin("testbed"):
         raise pytest.UsageError("the testbed's pytest plugin is not installed in .venv: scripts/test does that")
+
+
+def pytest_collection_finish() -> None:
+    """What is there when tests begin, Scapy above all, stays: no search for garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
