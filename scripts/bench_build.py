@@ -110,9 +110,22 @@ def prove_ready(topology: Topology, maker: Maker) -> None:
                 sys.exit(f"{type(maker).__name__}: nothing came to {address.ip} in {PATIENCE:g} s")
 
 
+def let_the_kernel_finish() -> None:
+    """Wait until what was deleted before is gone: the kernel takes namespaces apart late, one batch after the other.
+
+    Else whoever comes after munet, which does not wait for it, is measured with munet's leavings.
+    """
+    last = Namespace.new()
+    with Watch({"last": last}) as watch:
+        last.close()
+        if watch.remaining(PATIENCE):
+            sys.exit(f"the kernel still takes namespaces apart after {PATIENCE:g} s")
+
+
 def measure(size: int, make: Callable[[], Maker], deleted: list[float]) -> float:
     """Milliseconds to build a chain, from the topology on; those to delete it are put into `deleted`."""
     topology = chain(size)
+    let_the_kernel_finish()
     with ExitStack() as stack:
         maker = make()
         stack.callback(maker.close)
