@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfq_engine import wire
-from nfq_engine.client import ControlError, Tproxy
+from nfq_engine.control_client import Control, ControlError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def engine() -> Iterator[Tproxy]:
+def engine() -> Iterator[Control]:
     """The engine; that there is none, or that it says no, ends the command."""
     try:
-        with Tproxy() as tproxy:
-            yield tproxy
+        with Control() as control:
+            yield control
     except (OSError, ControlError) as error:
         raise click.ClickException(getattr(error, "strerror", None) or str(error)) from error
 
 
 def ask(request: wire.Message) -> wire.Message:
     """Send one request to the engine."""
-    with engine() as tproxy:
-        return tproxy.call(request)
+    with engine() as control:
+        return control.call(request)
 
 
 def endpoint(value: dict[str, Any]) -> str:

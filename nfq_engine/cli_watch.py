@@ -64,9 +64,9 @@ def trace(filter_: tuple[str, ...], *, as_json: bool, count: int | None, decisio
 
 def _print_events(request: wire.Message, *, as_json: bool, count: int | None) -> None:
     """Print what a subscription brings, until there is enough or somebody interrupts."""
-    with engine() as tproxy, suppress(KeyboardInterrupt):
-        tproxy.call(request)
-        events = tproxy.events()
+    with engine() as control, suppress(KeyboardInterrupt):
+        control.call(request)
+        events = control.events()
         for _ in range(count) if count is not None else repeat(None):
             event = next(events)
             click.echo(json.dumps(event) if as_json else event_line(event))

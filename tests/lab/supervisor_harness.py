@@ -20,7 +20,7 @@ from pathlib import Path
 from struct import pack, unpack_from
 from typing import Any
 
-from nfq_engine import client
+from nfq_engine import control_client
 from nfq_engine.shell import seccomp
 from nfq_engine.shell.seccomp import ORIGINAL_DST_OPTIONS, TPROXY_OPTIONS, SeccompError, SocketOption
 from nfq_engine.shell.supervisor import Handler, SocketCall, SocketReply
@@ -83,7 +83,7 @@ def make_receiver(settings: dict[str, Any]) -> Receiver:
 
 def supervision(settings: dict[str, Any], options: frozenset[SocketOption]) -> Supervision:
     if settings.get("engine"):
-        client._PATIENCE = settings.get("patience", client._PATIENCE)  # type: ignore[misc]
+        control_client._PATIENCE = settings.get("patience", control_client._PATIENCE)  # type: ignore[misc]
         return Supervision(options, lambda: EngineHandler(has_receiver=True), EngineReceiver)
     receiver = (lambda: make_receiver(settings)) if "original" in settings else None
     return Supervision(options, lambda: make_handler(settings), receiver)

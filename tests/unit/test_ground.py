@@ -80,7 +80,8 @@ def test_the_import_ban_is_for_core_alone(path: str) -> None:
         ("testbed.cli_running", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
         ("testbed.cli", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
         ("testbed.capabilities", {"click", "pyroute2", "scapy"}),
-        ("nfq_engine.cli", {"nfq_engine.shell.supervisor_launch", "rich"}),
+        ("nfq_engine.cli", {"click", "dataclasses", "nfq_engine.core.packet"}),
+        ("nfq_engine.cli_commands", {"nfq_engine.shell.supervisor_launch", "rich"}),
         ("nfq_engine.daemon", {"pyroute2", "scapy", "rich"}),
     ],
 )
