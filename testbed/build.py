@@ -256,8 +256,12 @@ def _configure(node: str, settings: Iterable[tuple[str, str]]) -> None:
     """Set sysctls of the namespace that this thread is in."""
     for key, value in settings:
         try:
-            with open(f"/proc/sys/{key.replace('.', '/')}", "w", encoding="ascii") as file:  # noqa: PTH123 a third of the time
-                file.write(value)
+            # Without a file object, which takes twice as long as the kernel does.
+            descriptor = os.open(f"/proc/sys/{key.replace('.', '/')}", os.O_WRONLY)
+            try:
+                os.write(descriptor, value.encode("ascii"))
+            finally:
+                os.close(descriptor)
         except (OSError, UnicodeError) as error:
             raise BuildError(f"{key} = {value} in {node}: {error}") from error
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -151,6 +152,7 @@ class LoadRules:
 
 
 NetlinkOperation = MakeBridge | MakeLink | Redirect | Impair | JoinBridge | AddAddress | SetUp | AddRoute
+_Plug = tuple[End, bool]  # an end, and whether it may pass on frames that are several
 Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | RunCommand | LoadRules
 
 
@@ -202,9 +204,10 @@ def _listed(settings: Sequence[tuple[str, str]]) -> str:
 def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
     """The operations that build a topology. `kernel`: what it has of impair.KERNEL_MEANS."""
     operations: list[Operation] = []
+    plugs = _plugs(topology)
     for node in topology.nodes:
         forwarding = _FORWARDING if node.kind is Kind.ROUTER else ()
-        settings, _ = _settings(topology, node)
+        settings, _ = _settings(node, plugs[node.name])
         operations.append(MakeNamespace(node.name, (*_SETTINGS, *forwarding, *settings)))
     operations += [MakeBridge(node.name) for node in topology.nodes if node.kind is Kind.BRIDGE]
     if any(is_impaired(link) for link in topology.links):
@@ -213,11 +216,25 @@ def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
         operations += _link(number, link, kernel)
     ways = routes(topology)
     for node in topology.nodes:
-        operations += _configuration(topology, node, ways.get(node.name, ()))
-    operations += [WaitReady(node.name) for node in topology.nodes if _may_be_ready(topology, node)]
+        operations += _configuration(node, plugs[node.name], ways.get(node.name, ()))
+    # A bridge that joins nothing has no carrier, ever.
+    operations += [WaitReady(node.name) for node in topology.nodes if node.kind is not Kind.BRIDGE or plugs[node.name]]
     for node in topology.nodes:
-        operations += _last_touches(topology, node)
+        operations += _last_touches(node, plugs[node.name])
     return operations
+
+
+def _plugs(topology: Topology) -> Mapping[str, Sequence[_Plug]]:
+    """The ends of each node, and whether each may pass joined frames on.
+
+    What an impaired link loses or delays is one frame.
+    """
+    found: defaultdict[str, list[_Plug]] = defaultdict(list)
+    for link in topology.links:
+        has_offload = topology.offload and not is_impaired(link)
+        for end in link.ends:
+            found[end.node].append((end, has_offload))
+    return found
 
 
 def _link(number: int, link: Link, kernel: Collection[str]) -> list[Operation]:
@@ -252,16 +269,16 @@ def _through_kernel(link: Link, near: str, far: str) -> list[Operation]:
     ]
 
 
-def _settings(topology: Topology, node: Node) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+def _settings(node: Node, plugs: Sequence[_Plug]) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
     """A node's own settings: those that are there from the beginning, and those of its interfaces."""
-    interfaces = {end.interface for end in topology.ends_of(node.name)} | {BRIDGE}
+    interfaces = {end.interface for end, _ in plugs} | {BRIDGE}
     late = tuple((key, value) for key, value in node.sysctls if interfaces.intersection(key.split(".")))
     return tuple(setting for setting in node.sysctls if setting not in late), late
 
 
-def _last_touches(topology: Topology, node: Node) -> list[Operation]:
+def _last_touches(node: Node, plugs: Sequence[_Plug]) -> list[Operation]:
     """What needs a node that is ready."""
-    _, late = _settings(topology, node)
+    _, late = _settings(node, plugs)
     rules = (
         (("nft", "-f", "-"), node.nft),
         (("iptables-restore",), node.iptables),
@@ -274,16 +291,11 @@ def _last_touches(topology: Topology, node: Node) -> list[Operation]:
     ]
 
 
-def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network, Gateway]]) -> list[Operation]:
+def _configuration(node: Node, plugs: Sequence[_Plug], ways: Sequence[tuple[Network, Gateway]]) -> list[Operation]:
     """What is done inside one node."""
     name = node.name
-    ends = topology.ends_of(name)
-    operations: list[Operation] = []
-    for link in topology.links:
-        if (
-            is_impaired(link) or not topology.offload
-        ):  # what an impaired link loses or delays is one frame, not joined ones
-            operations += [StopOffload(name, end.interface) for end in link.ends if end.node == name]
+    ends = [end for end, _ in plugs]
+    operations: list[Operation] = [StopOffload(name, end.interface) for end, has_offload in plugs if not has_offload]
     if node.kind is Kind.BRIDGE:
         operations += [JoinBridge(name, end.interface) for end in ends]
         operations.append(SetUp(name, BRIDGE))
@@ -292,11 +304,6 @@ def _configuration(topology: Topology, node: Node, ways: Sequence[tuple[Network,
     operations += [SetUp(name, interface) for interface in ("lo", *(end.interface for end in ends))]
     operations += [AddRoute(name, to, via) for to, via in ways]
     return operations
-
-
-def _may_be_ready(topology: Topology, node: Node) -> bool:
-    """A bridge that joins nothing has no carrier, ever."""
-    return node.kind is not Kind.BRIDGE or bool(topology.ends_of(node.name))
 
 
 def _link_local(end: End) -> list[Address]:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import ipaddress
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from typing import Final
 
 from testbed.topology import Address, End, Gateway, Kind, Network, Node, Topology
 
 _DEFAULT: Final[dict[int, Network]] = {4: ipaddress.IPv4Network("0.0.0.0/0"), 6: ipaddress.IPv6Network("::/0")}
 
-# A subnet as numbers: family, network address, prefix length. Ten times as fast to compare as ipaddress's, and a chain
-# of 50 nodes takes 10,000 comparisons.
-_Subnet = tuple[int, int, int]
+# A subnet as numbers: network address, prefix length. Ten times as fast to compare as ipaddress's.
+_Subnet = tuple[int, int]
 
-# By address family: a gateway and the subnets that lie behind it.
-_Ways = dict[int, dict[Gateway, set[_Subnet]]]
+# By address family: a gateway, and the subnets that lie behind it.
+_Ways = dict[int, list[tuple[Gateway, list[_Subnet]]]]
 
 
 def routes(topology: Topology) -> dict[str, list[tuple[Network, Gateway]]]:
@@ -35,10 +35,10 @@ def _routes(graph: _Graph, node: Node) -> list[tuple[Network, Gateway]]:
     chosen: dict[Network, Gateway] = {route.to: route.via for route in node.routes}
     for version, ways in graph.ways(node.name).items():
         if node.kind is Kind.HOST and len(ways) == 1:
-            chosen.setdefault(_DEFAULT[version], *ways)
+            chosen.setdefault(_DEFAULT[version], ways[0][0])
             continue
-        for gateway, subnets in ways.items():
-            for subnet in _collapsed(subnets):
+        for gateway, subnets in ways:
+            for subnet in _collapsed(version, subnets):
                 chosen.setdefault(subnet, gateway)
     return list(chosen.items())
 
@@ -52,16 +52,22 @@ class _Graph:
 
     def __init__(self, topology: Topology) -> None:
         routers = {node.name for node in topology.nodes if node.kind is Kind.ROUTER}
-        # By family and node: its subnets, and the routers next to it.
-        self._subnets: dict[int, dict[str, set[_Subnet]]] = {family: defaultdict(set) for family in _DEFAULT}
+        # By family: its subnets. By family and node: its own, each a bit at its place among these, since a chain of 50
+        # nodes takes 10,000 unions; and the routers next to it.
+        self._subnets: dict[int, list[_Subnet]] = {family: [] for family in _DEFAULT}
+        self._own: dict[int, dict[str, int]] = {family: defaultdict(int) for family in _DEFAULT}
         self._gateways: dict[int, dict[str, list[tuple[str, Gateway]]]] = {
             family: defaultdict(list) for family in _DEFAULT
         }
+        bits: dict[tuple[int, _Subnet], int] = {}
         for segment in topology.segments():
             for end in segment:
-                own = {_subnet(address) for address in _routed(end)}
-                for subnet in own:
-                    self._subnets[subnet[0]][end.node].add(subnet)
+                own: set[tuple[int, _Subnet]] = {(address.version, _subnet(address)) for address in _routed(end)}
+                for version, subnet in own:
+                    if (version, subnet) not in bits:
+                        bits[version, subnet] = 1 << len(self._subnets[version])
+                        self._subnets[version].append(subnet)
+                    self._own[version][end.node] |= bits[version, subnet]
                 for other in segment:
                     if other.node != end.node and other.node in routers:
                         for version, gateway in _gateways(other, own).items():
@@ -71,24 +77,27 @@ class _Graph:
         """The subnets that are not a node's own, by the gateway of the shortest way to them (breadth first)."""
         return {version: self._ways(version, start) for version in _DEFAULT}
 
-    def _ways(self, version: int, start: str) -> dict[Gateway, set[_Subnet]]:
-        subnets, gateways = self._subnets[version], self._gateways[version]
-        known = set(subnets[start])
-        found: dict[Gateway, set[_Subnet]] = defaultdict(set)
+    def _ways(self, version: int, start: str) -> list[tuple[Gateway, list[_Subnet]]]:
+        own, gateways = self._own[version], self._gateways[version]
+        known = own[start]
+        found: dict[int, int] = defaultdict(int)  # by the place of the first hop among the gateways of the start
         reached = {start}
-        queue: deque[tuple[str, Gateway | None]] = deque([(start, None)])
+        queue: deque[tuple[str, int | None]] = deque([(start, None)])
         while queue:
             name, first_hop = queue.popleft()
-            for neighbour, gateway in gateways[name]:
+            for place, (neighbour, _) in enumerate(gateways[name]):
                 if neighbour in reached:
                     continue
                 reached.add(neighbour)
-                hop = first_hop or gateway
+                hop = place if first_hop is None else first_hop
                 queue.append((neighbour, hop))
-                if fresh := subnets[neighbour] - known:
+                if fresh := own[neighbour] & ~known:
                     known |= fresh
                     found[hop] |= fresh
-        return found
+        return [(gateways[start][hop][1], self._listed(version, subnets)) for hop, subnets in found.items()]
+
+    def _listed(self, version: int, subnets: int) -> list[_Subnet]:
+        return [subnet for place, subnet in enumerate(self._subnets[version]) if subnets >> place & 1]
 
 
 def _routed(end: End) -> list[Address]:
@@ -98,28 +107,34 @@ def _routed(end: End) -> list[Address]:
 
 def _subnet(address: Address) -> _Subnet:
     network = address.network
-    return address.version, int(network.network_address), network.prefixlen
+    return int(network.network_address), network.prefixlen
 
 
-def _gateways(neighbour: End, own: set[_Subnet]) -> dict[int, Gateway]:
+def _gateways(neighbour: End, own: set[tuple[int, _Subnet]]) -> dict[int, Gateway]:
     """By family, the neighbour's address that an end with these subnets reaches without a gateway."""
-    return {address.version: address.ip for address in reversed(_routed(neighbour)) if _subnet(address) in own}
+    return {
+        address.version: address.ip
+        for address in reversed(_routed(neighbour))
+        if (address.version, _subnet(address)) in own
+    }
 
 
-def _collapsed(subnets: set[_Subnet]) -> list[Network]:
+def _collapsed(version: int, subnets: Iterable[_Subnet]) -> list[Network]:
     """The fewest prefixes that cover these subnets of one family and nothing else."""
-    left, done = set(subnets), []
-    while left:
-        version, number, length = subnet = max(left, key=lambda each: each[2])
-        left.remove(subnet)
-        bit = 1 << ((32 if version == 4 else 128) - length)
-        sibling = (version, number ^ bit, length)
-        if length and sibling in left:
-            left.remove(sibling)
-            left.add((version, number & ~bit, length - 1))
-        else:
-            done.append(subnet)
-    return [_network(*subnet) for subnet in sorted(done)]
+    width = 32 if version == 4 else 128
+    by_length: dict[int, set[int]] = defaultdict(set)
+    for number, length in subnets:
+        by_length[length].add(number)
+    done = []
+    for length in range(max(by_length), 0, -1):
+        bit = 1 << (width - length)
+        for number in by_length[length]:
+            if number ^ bit in by_length[length]:
+                by_length[length - 1].add(number & ~bit)
+            else:
+                done.append((number, length))
+    done += [(number, 0) for number in by_length[0]]
+    return [_network(version, *subnet) for subnet in sorted(done)]
 
 
 def _network(version: int, number: int, length: int) -> Network:
