@@ -46,6 +46,7 @@ _LONGEST: Final = 24 * 60 * 60.0  # seconds
 _FASTEST: Final = 10**12  # bits per second
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)")
 
+_Given = TypeVar("_Given")
 _Value = TypeVar("_Value")
 
 
@@ -107,7 +108,10 @@ class _Reader:
         rules = tuple(value.get("rules", ()))
         for at, rule in enumerate(rules):
             self._try((*where, "rules", at), _check_rule, rule)
-        return EngineSpec(value.get("datapath", "inline"), rules, tuple(value.get("options", ())))
+        options = tuple(str(option) for option in value.get("options", ()))
+        if options:
+            self._try((*where, "options"), _check_options, options)
+        return EngineSpec(value.get("datapath", "inline"), rules, options)
 
     def _link(self, where: Where, value: Mapping[str, Any]) -> Link:
         both = value.get("impair")
@@ -143,7 +147,7 @@ class _Reader:
         self.problems += [((*where, *inner), what) for inner, what in problems]
         return found
 
-    def _try(self, where: Where, read_text: Callable[[str], _Value], text: str) -> _Value | None:
+    def _try(self, where: Where, read_text: Callable[[_Given], _Value], text: _Given) -> _Value | None:
         """A value read from text; None, and a problem more, when it cannot be."""
         try:
             return read_text(text)
@@ -233,6 +237,27 @@ def _check_rule(rule: str) -> None:
     draft = Ruleset(random.Random(0)).draft()
     draft.execute(parse_command(words))
     draft.check()
+
+
+def _check_options(options: Sequence[str]) -> None:
+    """ValueError, in tproxyd's own words, when it would not start with these options."""
+    # Few topologies need tproxyd's parser.
+    import click
+    from click.core import ParameterSource
+
+    from nfq_engine.daemon import main as tproxyd
+
+    if "--help" in options:
+        raise ValueError("with --help no engine starts")
+    try:
+        given = tproxyd.make_context("tproxyd", list(options))
+    except click.UsageError as error:
+        raise ValueError(error.format_message()) from error
+    for name in ("datapath", "ruleset", "notify_fd"):
+        if given.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is given by the lab: datapath and rules have keys of their own"
+            )
 
 
 def _interface_address(text: str) -> Address:

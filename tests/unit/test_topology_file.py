@@ -196,6 +196,26 @@ ERRORS = {
         "via: 10.1.0.1",
         "13:9: nodes.server.routes[1]: 2001:db8::/32 and 10.1.0.1 are of two families",
     ),
+    "option that is none": (
+        "engine:\n",
+        "engine:\n      options: [--fail-opne]\n",
+        "8:7: nodes.gateway.engine.options: No such option",
+    ),
+    "option without its value": (
+        "engine:\n",
+        "engine:\n      options: [--mark]\n",
+        "8:7: nodes.gateway.engine.options: Option '--mark' requires an argument",
+    ),
+    "option with a value out of range": (
+        "engine:\n",
+        "engine:\n      options: [--queue-num, 70000]\n",
+        "8:7: nodes.gateway.engine.options: Invalid value for '--queue-num'",
+    ),
+    "option that the lab gives": (
+        "engine:\n",
+        "engine:\n      options: [--datapath, kernel]\n",
+        "8:7: nodes.gateway.engine.options: --datapath is given by the lab",
+    ),
     "rule that is none": ("- -A PRE", "- -X PRE", "9:11: nodes.gateway.engine.rules[0]: a rule begins with -A"),
     "command that is none": (
         "kind: router",
