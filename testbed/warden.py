@@ -1,9 +1,9 @@
 """The warden of a lab: a process that outlives it by a moment, and removes what it left.
 
 Owns: the end of a lab's processes, however the lab ends; SIGKILL is no exception. It reads from its standard input what
-it is responsible for, until that closes or the lab's process is gone. Then it kills every process whose network
-namespace is one of the lab's (any number of forks, sessions and users away from it) and removes the lab's temporary
-folders. It prints what it had to kill.
+it is responsible for, words and descriptors of namespaces, until that closes or the lab's process is gone. Then it
+kills every process whose network namespace is one of the lab's (any number of forks, sessions and users away from it)
+and removes the lab's temporary folders. It prints what it had to kill.
 
 Runs as a script with the bare interpreter, which starts in 20 ms; so it imports nothing of ours.
 """
@@ -15,10 +15,12 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import time
 
 PATIENCE = 5.0  # seconds for killed processes to be gone
+_MOST_DESCRIPTORS = 64  # that come with one message; the lab sends one
 
 Namespace = tuple[int, int]  # device and inode of /proc/PID/ns/net
 
@@ -31,17 +33,21 @@ class Warden:
         self.lab = lab
         self.ended = ended
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-        self.namespaces: set[Namespace] = set()
+        # Held open: the number of a namespace that is gone is soon that of another lab's.
+        self.namespaces: dict[Namespace, int] = {}
         self.folders: list[str] = []
         self.killed: dict[int, str] = {}
 
     def listen(self) -> None:
-        """Take words until the lab closes the pipe or is gone."""
+        """Take words and namespaces until the lab closes its end or is gone."""
         words = b""
+        told = socket.socket(fileno=0)
         while True:
             readable, _, _ = select.select([0, self.ended], [], [])
             if 0 in readable:
-                read = os.read(0, 1 << 16)
+                read, descriptors, _, _ = socket.recv_fds(told, 1 << 16, _MOST_DESCRIPTORS)
+                for descriptor in descriptors:
+                    self.hold(descriptor)
                 words += read
                 *lines, words = words.split(b"\n")
                 for line in lines:
@@ -49,17 +55,21 @@ class Warden:
                 if not read:
                     return
             else:
-                return  # a child that the lab forked may hold the pipe open for long
+                return  # a child that the lab forked may hold the other end open for long
+
+    def hold(self, descriptor: int) -> None:
+        """A namespace that is the lab's."""
+        status = os.fstat(descriptor)
+        self.namespaces[status.st_dev, status.st_ino] = descriptor
 
     def take(self, line: str) -> None:
-        """`namespace DEVICE INODE`, `folder PATH`, or `release`: all that was told so far is somebody else's now."""
+        """`folder PATH`, or `release`: all that was told so far is somebody else's now."""
         kind, _, rest = line.partition(" ")
-        if kind == "namespace":
-            device, inode = map(int, rest.split())
-            self.namespaces.add((device, inode))
-        elif kind == "folder":
+        if kind == "folder":
             self.folders.append(rest)
         elif kind == "release":
+            for descriptor in self.namespaces.values():
+                os.close(descriptor)
             self.namespaces.clear()
             self.folders.clear()
 

@@ -6,6 +6,7 @@ The warden runs from before the first namespace is made until after the last is 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,22 +27,23 @@ class WardenHandle:
 
     def __init__(self) -> None:
         own = os.pidfd_open(os.getpid())
+        self._telling, listening = socket.socketpair()
         try:
             # A session of its own: a Ctrl-C in the terminal is for the lab.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_SCRIPT), str(os.getpid()), str(own)],
-                stdin=subprocess.PIPE,
+                stdin=listening.fileno(),
                 stdout=subprocess.PIPE,
                 pass_fds=(own,),
                 start_new_session=True,
             )
         finally:
+            listening.close()
             os.close(own)
 
     def guard(self, namespace: Namespace) -> None:
-        """Make it responsible for every process in a namespace."""
-        device, inode = namespace.identity
-        self._tell(f"namespace {device} {inode}")
+        """Make it responsible for every process in a namespace; it holds that as long as it lives."""
+        self._tell("namespace", namespace.fileno())
 
     def remove(self, folder: Path) -> None:
         """Make it responsible for a temporary folder."""
@@ -53,6 +55,7 @@ class WardenHandle:
 
     def finish(self) -> list[str]:
         """Let it clean up now; what it had to kill, by name and pid. WardenError when it does not end."""
+        self._telling.close()
         try:
             output, _ = self._process.communicate(timeout=_PATIENCE)
         except subprocess.TimeoutExpired as error:
@@ -61,10 +64,8 @@ class WardenHandle:
             raise WardenError("processes of the lab could not be ended") from error
         return output.decode(errors="replace").splitlines()
 
-    def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
+    def _tell(self, line: str, *descriptors: int) -> None:
         try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
+            socket.send_fds(self._telling, [line.encode() + b"\n"], descriptors)
+        except (BrokenPipeError, ConnectionResetError) as error:
             raise WardenError("the lab's warden is gone") from error

@@ -19,6 +19,7 @@ import pytest
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.owner import MARK, start_time, sweep
+from testbed.warden_handle import WardenHandle
 
 pytestmark = pytest.mark.lab
 
@@ -202,3 +203,23 @@ def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Ow
     sweep()  # or another lab that starts at the same time
     assert wait_for(owner.processes), owner.processes()
     assert owner.folders() == []
+
+
+def test_a_warden_kills_nobody_in_a_namespace_with_the_number_of_one_that_is_gone() -> None:
+    """A lab's namespaces may go before its warden does, and their numbers are soon those of other labs' namespaces."""
+    warden = WardenHandle()
+    gone = Namespace.new()
+    warden.guard(gone)
+    number = gone.identity
+    gone.close()
+    for _ in range(400):
+        time.sleep(0.005)  # for the kernel to take the last one apart; a number comes again after 4 to 300
+        with Namespace.new() as later:
+            if later.identity == number:
+                with later.entered():
+                    bystander = subprocess.Popen(["sleep", "30"])
+                assert warden.finish() == []
+                bystander.kill()
+                bystander.wait()
+                pytest.fail("the warden did not hold what it was told of")
+    assert warden.finish() == []
