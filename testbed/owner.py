@@ -104,13 +104,15 @@ def _owners_by_namespace(known: Collection[int]) -> dict[int, _Owner]:
             if int(process.name) not in known and (number := (process / "ns/net").stat().st_ino) != ours:
                 inside[number].append(int(process.name))
     found: dict[int, _Owner] = {}
-    for pids in inside.values():
+    for number, pids in inside.items():
         with (
             contextlib.suppress(OSError),
             Namespace.of_process(pids[0]) as namespace,
             namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
         ):
-            if (owner := _read_mark(MARK, rtnetlink.marked(netlink))) is not None:
+            # Who was there a moment ago may have gone on to another.
+            is_there = namespace.identity[1] == number
+            if is_there and (owner := _read_mark(MARK, rtnetlink.marked(netlink))) is not None:
                 found |= dict.fromkeys(pids, owner)
     return found
 
