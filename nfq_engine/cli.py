@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from nfq_engine.control_client import Control, ControlError
+from nfq_engine.control_client import Control, ControlError, reason
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def _rules(arguments: Sequence[str]) -> int:
         with Control() as control:
             output = control.call({"call": "rules", "arguments": list(arguments)})["output"]
     except (OSError, ControlError) as error:
-        print(f"tproxyctl: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        print(f"tproxyctl: {reason(error)}", file=sys.stderr)
         return 1
     for line in output:
         print(line)

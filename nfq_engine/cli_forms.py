@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfq_engine import wire
-from nfq_engine.control_client import Control, ControlError
+from nfq_engine.control_client import Control, ControlError, reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def engine() -> Iterator[Control]:
         with Control() as control:
             yield control
     except (OSError, ControlError) as error:
-        raise click.ClickException(getattr(error, "strerror", None) or str(error)) from error
+        raise click.ClickException(reason(error)) from error
 
 
 def ask(request: wire.Message) -> wire.Message:

@@ -30,6 +30,11 @@ class ControlError(Exception):
     """The engine refused a request; the message is its own."""
 
 
+def reason(error: OSError | ControlError) -> str:
+    """Why a call failed, for a person."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class Control:
     """A connection to the engine of this network namespace. One at a time may use it; a fork makes its own."""
 

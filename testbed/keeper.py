@@ -60,14 +60,14 @@ def hand_over(lab: Lab, held: Sequence[int] = ()) -> Record:
     return find(name)
 
 
-class _Down(BaseException):
+class Down(BaseException):
     """SIGTERM came."""
 
 
 def main() -> None:
     """`python -m testbed.keeper NAME DIRECTORY NODE=DESCRIPTOR...`: keep a lab until SIGTERM."""
     name, directory, *words = sys.argv[1:]
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     nodes = {node: Namespace(int(descriptor)) for node, _, descriptor in (word.rpartition("=") for word in words)}
     warden = WardenHandle()
     for namespace in nodes.values():
@@ -79,7 +79,7 @@ def main() -> None:
         warden.release()  # the builder was killed, and its own warden cleans up
         return
     record = None
-    with contextlib.suppress(_Down):
+    with contextlib.suppress(Down):
         record = record_of(name, Path(directory), {node: nodes[node] for node in nodes if node != WIRE})
         sys.stdout.write(record.name + "\n")
         sys.stdout.flush()
@@ -91,10 +91,10 @@ def main() -> None:
         record.remove()
 
 
-def _leave(number: int, frame: object) -> None:
+def leave(number: int, frame: object) -> None:
     """Answer to SIGTERM: once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Down
+    raise Down
 
 
 if __name__ == "__main__":

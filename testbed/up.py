@@ -14,10 +14,10 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from testbed.errors import TestbedError
+from testbed.keeper import Down, leave
 from testbed.lab import Lab
 from testbed.owner import start_time
 from testbed.registry import (
@@ -60,10 +60,6 @@ def up(topology: Topology, logs: Path) -> Record:
         return find(topology.name)
 
 
-class _Down(BaseException):
-    """SIGTERM came."""
-
-
 def _keep(topology: Topology, logs: Path, telling: int) -> None:
     """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns."""
     os.setsid()
@@ -72,15 +68,15 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
     status = 1
     try:
         # Not blocked and waited for: what the keeper starts would have it blocked, too.
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, leave)
         redirect(logs / LOG)
-        with contextlib.suppress(_Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
+        with contextlib.suppress(Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
             record.write()
             os.close(telling)
             telling = -1
-            with contextlib.suppress(_Down):
+            with contextlib.suppress(Down):
                 while True:
                     _answer(listener, lab)
         status = 0
@@ -94,12 +90,6 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
     finally:
         forget(topology.name)
         os._exit(status)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Answer to SIGTERM: once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Down
 
 
 @contextlib.contextmanager
