@@ -3,7 +3,7 @@
 Owns: the namespaces of a lab, and what a failed building leaves (nothing). Must not know what the lab
 is for.
 
-Messages are sent in batches, one netlink socket a namespace, and every acknowledgement is read: an error names the
+Messages are sent in batches, one netlink socket a namespace, and every answer is read: an error names the
 operation that the kernel refused. Undoing is closing: a namespace without descriptor or process takes its interfaces,
 addresses, routes and tables with it.
 """
@@ -11,10 +11,8 @@ addresses, routes and tables with it.
 from __future__ import annotations
 
 import array
-import contextlib
 import fcntl
 import os
-import select
 import shlex
 import socket
 import struct
@@ -52,11 +50,11 @@ from testbed.plan import (
 from testbed.topology import BRIDGE, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
-_ETHTOOL_STXCSUM: Final = 0x17  # linux/ethtool.h
+_ETHTOOL_GLINK, _ETHTOOL_STXCSUM = 0xA, 0x17  # linux/ethtool.h
 _MAKERS: Final = 2  # threads that make namespaces; more gain nothing
 _PATIENCE: Final = 10.0  # seconds until an interface must be up
+_LOOK_AGAIN: Final = 0.0005  # seconds
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
-_RTMGRP_LINK: Final = 0x1
 _BRIDGE_INDEX: Final = 9  # links begin at 10
 
 
@@ -67,11 +65,11 @@ class BuildError(TestbedError):
 class Site:
     """One node while it is there: its namespace, the netlink socket inside, the index of each interface."""
 
-    def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
+    def __init__(self) -> None:
+        """Make it, around a thread that ends there."""
+        self.namespace = Namespace.move_into_new()
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self.indexes = {"lo": 1}
-        with namespace.entered():
-            self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
 
     def close(self) -> None:
         """Let the kernel take everything back."""
@@ -126,7 +124,8 @@ class Builder:
         """Carry out one operation that is no netlink message."""
         match operation:
             case StopOffload(_, interface):
-                self.namespace(node).call(partial(_stop_offload, interface))
+                # Segmentation offload goes with transmit checksumming (ethtool(8)).
+                _ethtool(self.sites[node].netlink, interface, _ETHTOOL_STXCSUM, 0)
             case WaitReady():
                 _wait_ready(node, self.sites[node])
             case Configure(_, settings):
@@ -145,12 +144,11 @@ class Builder:
         alone: threads that share Python's lock wait longer for it than the writing takes.
         """
         with ThreadPoolExecutor(_MAKERS) as makers:
-            futures = [makers.submit(Namespace.move_into_new) for _ in operations]
+            futures = {operation.node: makers.submit(Site) for operation in operations}
         # What was made is ours to close before any failure is told.
-        made = [(at, future.result()) for at, future in zip(operations, futures, strict=True) if not future.exception()]
-        self.sites |= {operation.node: Site(namespace) for operation, namespace in made}
-        for future in futures:
-            self._made(future.result())
+        self.sites |= {node: future.result() for node, future in futures.items() if not future.exception()}
+        for future in futures.values():
+            self._made(future.result().namespace)
         mark = rtnetlink.mark(namespace_mark())
         for operation in operations:
             _send(self.sites[operation.node].netlink, [(operation, mark)])
@@ -243,13 +241,15 @@ def _place(operation: Operation) -> str | None:
             return operation.node
 
 
-def _stop_offload(interface: str) -> None:
-    """Switch transmit checksumming off in this thread's namespace; segmentation offload goes with it (ethtool(8))."""
-    value = array.array("I", (_ETHTOOL_STXCSUM, 0))
-    address, _ = value.buffer_info()
-    request = struct.pack("16sP16x", interface.encode(), address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, _SIOCETHTOOL, request)
+def _ethtool(control: socket.socket, interface: str, command: int, value: int) -> int:
+    """Give an ethtool command to an interface of the socket's namespace; returns the value that it leaves.
+
+    Any socket will do: the kernel hands what a protocol does not know to the device (net/socket.c, sock_do_ioctl).
+    """
+    buffer = array.array("I", (command, value))
+    address, _ = buffer.buffer_info()
+    fcntl.ioctl(control, _SIOCETHTOOL, struct.pack("16sP16x", interface.encode(), address))
+    return buffer[1]
 
 
 def _configure(node: str, settings: Iterable[tuple[str, str]]) -> None:
@@ -276,19 +276,23 @@ def _send(netlink: socket.socket, batch: list[tuple[Operation, rtnetlink.Request
 
 
 def _wait_ready(node: str, site: Site) -> None:
-    """Wait until every interface is operational and no IPv6 address tentative; woken by the kernel's link news."""
-    if not rtnetlink.unready(site.netlink):  # as most nodes are by now
-        return
+    """Wait until every interface is operational and no IPv6 address tentative."""
     deadline = time.monotonic() + _PATIENCE
-    with site.namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as news:
-        news.bind((0, _RTMGRP_LINK))
-        news.setblocking(False)
-        poll = select.poll()
-        poll.register(news, select.POLLIN)
-        while unready := rtnetlink.unready(site.netlink):
-            if time.monotonic() > deadline:
-                raise BuildError(f"{node} is not ready after {_PATIENCE:.0f} s: {', '.join(unready)}")
-            poll.poll(2)  # milliseconds; an address that becomes usable makes no such news: look again soon
-            with contextlib.suppress(BlockingIOError):
-                while news.recv(1 << 16):
-                    pass
+    while unready := _unready(site):
+        if time.monotonic() > deadline:
+            raise BuildError(f"{node} is not ready after {_PATIENCE:.0f} s: {', '.join(unready)}")
+        time.sleep(_LOOK_AGAIN)
+
+
+def _unready(site: Site) -> list[str]:
+    """What keeps a node from passing traffic.
+
+    The kernel makes a link operational late, in a worker; asked for the link by ethtool's way it does so at once
+    (net/ethtool/ioctl.c, ethtool_op_get_link). An address is usable after that, late again.
+    """
+    interfaces = [interface for interface in site.indexes if interface != "lo"]
+    dead = [interface for interface in interfaces if not _ethtool(site.netlink, interface, _ETHTOOL_GLINK, 0)]
+    return [
+        *(f"{interface} is not operational" for interface in dead),
+        *(f"{address} is tentative" for address in rtnetlink.tentative(site.netlink)),
+    ]

@@ -126,14 +126,14 @@ def _collapsed(version: int, subnets: Iterable[_Subnet]) -> list[Network]:
     for number, length in subnets:
         by_length[length].add(number)
     done = []
-    for length in range(max(by_length), 0, -1):
-        bit = 1 << (width - length)
-        for number in by_length[length]:
-            if number ^ bit in by_length[length]:
+    while by_length:
+        length = max(by_length)
+        numbers, bit = by_length.pop(length), 1 << (width - length)
+        for number in numbers:
+            if number ^ bit in numbers:
                 by_length[length - 1].add(number & ~bit)
             else:
                 done.append((number, length))
-    done += [(number, 0) for number in by_length[0]]
     return [_network(version, *subnet) for subnet in sorted(done)]
 
 

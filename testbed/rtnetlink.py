@@ -1,6 +1,6 @@
 """rtnetlink messages: the few that building a lab takes, packed by hand.
 
-Owns: bytes of requests, their sending in batches, the reading of acknowledgements and of the two dumps that tell when a
+Owns: bytes of requests, their sending in batches, the reading of answers and of the dump that tells when a
 namespace is ready. pyroute2 makes the same messages at about 0.5 ms each (its calls run through an event loop); a lab
 of ten nodes takes 170 of them, and is to be ready in 25 ms. For everything else a node has pyroute2 (lab.py).
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _HEADER: Final = struct.Struct("=IHHII")
 _IFINFO: Final = struct.Struct("=BxHiII")  # linux/rtnetlink.h, struct ifinfomsg
 _IFADDR: Final = struct.Struct("=BBBBI")  # linux/if_addr.h, struct ifaddrmsg
+_ATTRIBUTE: Final = struct.Struct("=HH")  # linux/rtnetlink.h, struct rtattr
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")  # linux/rtnetlink.h, struct rtmsg
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -29,13 +30,12 @@ _CREATE_EXCLUSIVE: Final = 0x600
 CREATE_REPLACE: Final = 0x500
 _DUMP: Final = 0x301
 
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
-_IFLA_LINKINFO, _IFLA_ALIAS, _IFLA_STATS64, _IFLA_NET_NS_FD = 18, 20, 23, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
+_IFLA_ALIAS, _IFLA_STATS64, _IFLA_NET_NS_FD, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 20, 23, 28, 31, 32
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_GATEWAY = 1, 5
 _IFF_UP: Final = 1
-_IF_OPER_UP: Final = 6
 _IFA_F_TENTATIVE: Final = 0x40
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 4, 0, 1
 _LOOPBACK: Final = 1
@@ -94,8 +94,8 @@ def mark(text: str) -> Request:
 
 def address(index: int, value: Address) -> Request:
     """Give an interface an address."""
-    family, packed = _family(value.version), value.ip.packed
-    body = _IFADDR.pack(family, value.network.prefixlen, 0, 0, index)
+    packed = value.packed  # not that of `ip`, which is made each time
+    body = _IFADDR.pack(_family(value.version), value.network.prefixlen, 0, 0, index)
     body += attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
     return Request(_RTM_NEWADDR, _CREATE_EXCLUSIVE, body)
 
@@ -137,39 +137,44 @@ def _namespace_id(body: bytes) -> int:
 
 
 def send(netlink: socket.socket, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
-    """Send requests in batches and read every acknowledgement; yields (place, errno) of each that was refused."""
+    """Send requests in batches; yields (place, errno) of each that was refused.
+
+    Only the last of a batch is asked to be acknowledged: the kernel takes messages in order, and tells of a refused one
+    unasked (net/netlink/af_netlink.c, netlink_rcv_skb).
+    """
     for first in range(0, len(requests), _BATCH):
         batch = requests[first : first + _BATCH]
+        last = first + len(batch) - 1
         netlink.send(
             b"".join(
-                _HEADER.pack(_HEADER.size + len(request.body), request.kind, request.flags | _REQUEST_ACK, number, 0)
+                _HEADER.pack(
+                    _HEADER.size + len(request.body),
+                    request.kind,
+                    request.flags | (_REQUEST_ACK if number == last else _REQUEST),
+                    number,
+                    0,
+                )
                 + request.body
                 for number, request in enumerate(batch, start=first)
             )
         )
-        acknowledged = 0
-        while acknowledged < len(batch):
+        answered = None
+        while answered != last:
             for kind, number, body in _messages(netlink.recv(1 << 16)):
                 if kind == _NLMSG_ERROR:
-                    acknowledged += 1
+                    answered = number
                     (code,) = struct.unpack_from("=i", body)
                     if code:
                         yield number, -code
 
 
-def unready(netlink: socket.socket) -> list[str]:
-    """What keeps a namespace from passing traffic: interfaces not operational, addresses still tentative."""
-    found = []
-    for body in dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
-        index = _IFINFO.unpack_from(body)[2]
-        values = attributes(body[_IFINFO.size :])
-        if index != _LOOPBACK and values[_IFLA_OPERSTATE][0] != _IF_OPER_UP:
-            found.append(f"{values[_IFLA_IFNAME].rstrip(bytes(1)).decode()} is not operational")
-    for body in dump(netlink, _RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(socket.AF_INET6, 0, 0, 0, 0)):
-        if _IFADDR.unpack_from(body)[2] & _IFA_F_TENTATIVE:
-            text = socket.inet_ntop(socket.AF_INET6, attributes(body[_IFADDR.size :])[_IFA_ADDRESS])
-            found.append(f"{text} is tentative")
-    return found
+def tentative(netlink: socket.socket) -> list[str]:
+    """The IPv6 addresses of a namespace that it cannot use yet."""
+    return [
+        socket.inet_ntop(socket.AF_INET6, attributes(body[_IFADDR.size :])[_IFA_ADDRESS])
+        for body in dump(netlink, _RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(socket.AF_INET6, 0, 0, 0, 0))
+        if _IFADDR.unpack_from(body)[2] & _IFA_F_TENTATIVE
+    ]
 
 
 def marked(netlink: socket.socket) -> str:
@@ -208,6 +213,7 @@ def _named(name: str, mac: str, mtu: int) -> bytes:
         attribute(_IFLA_IFNAME, name.encode() + b"\0")
         + attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
         + attribute(_IFLA_MTU, struct.pack("=I", mtu))
+        + _ONE_QUEUE
     )
 
 
@@ -217,7 +223,13 @@ def _family(version: int) -> int:
 
 def attribute(kind: int, value: bytes) -> bytes:
     """An attribute, padded."""
-    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+# The kernel would make one for each processor (drivers/net/veth.c), which takes its time.
+_ONE_QUEUE: Final = b"".join(
+    attribute(kind, struct.pack("=I", 1)) for kind in (_IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES)
+)
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -233,7 +245,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
     """The attributes of a message."""
     found, at = {}, 0
     while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
         found[kind & 0x3FFF] = data[at + 4 : at + length]
         at += max(length + 3 & ~3, 4)
     return found

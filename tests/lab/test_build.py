@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from traffic_checks import gets_through
 
+from testbed import build
 from testbed.build import Builder, BuildError
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.plan import AddAddress, LoadRules, MakeNamespace, Operation, RunCommand, plan
+from testbed.plan import AddAddress, LoadRules, MakeNamespace, Operation, RunCommand, SetUp, plan
 from testbed.shapes import chain
 from testbed.topology import Topology
 from testbed.topology_file import loads
@@ -156,8 +157,24 @@ def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[]
     assert open_descriptors() == descriptors
 
 
+def test_every_refused_operation_of_a_batch_is_named() -> None:
+    added = [AddAddress("n1", "left", ipaddress.ip_interface(f"10.0.0.{host}/24")) for host in (7, 2, 8, 7, 9)]
+    with Builder() as builder, pytest.raises(BuildError) as raised:
+        builder.build([*plan(chain(2)), *added])
+    refused = [f"the kernel refused `n1: address 10.0.0.{host}/24 on left`: File exists" for host in (2, 7)]
+    assert str(raised.value).splitlines() == refused
+
+
+def test_a_link_that_is_never_operational_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_PATIENCE", 0.05)
+    of_one_node = [each for each in plan(chain(2)) if each != SetUp("n1", "left")]
+    with Builder() as builder, pytest.raises(BuildError, match=r"n0 is not ready after .*: right is not operational"):
+        builder.build(of_one_node)
+
+
 def test_without_the_right_to_make_namespaces_the_error_says_so() -> None:
     script = """
+from testbed import build
 from testbed.build import Builder, BuildError
 from testbed.plan import plan
 from testbed.shapes import chain
@@ -225,8 +242,9 @@ links: [{ends: [{node: a, interface: wan, mac: "02:00:00:00:aa:01"}, {node: b, a
 """
     with Builder() as builder:
         builder.build(plan(loads(text)))
-        (link,) = json.loads(run(builder.namespace("a"), "ip", "-json", "link", "show", "wan"))
+        (link,) = json.loads(run(builder.namespace("a"), "ip", "-details", "-json", "link", "show", "wan"))
         assert (link["address"], link["mtu"], link["operstate"]) == ("02:00:00:00:aa:01", 1300, "UP")
+        assert (link["num_tx_queues"], link["num_rx_queues"]) == (1, 1)  # whatever the machine's processors
         assert "inet6" not in run(builder.namespace("b"), "ip", "address", "show", "eth0")
 
 
@@ -242,13 +260,13 @@ def test_labs_of_one_topology_do_not_meet() -> None:
 def test_a_thread_is_where_it_was_after_building() -> None:
     seen = []
 
-    def build() -> None:
+    def build_one() -> None:
         before = Namespace.current().identity
         with Builder() as builder:
             builder.build(plan(chain(2)))
             seen.append(Namespace.current().identity == before)
 
-    thread = threading.Thread(target=build)
+    thread = threading.Thread(target=build_one)
     thread.start()
     thread.join()
     assert seen == [True]
