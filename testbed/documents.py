@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -146,20 +146,28 @@ def _validator(schema: Path) -> jsonschema.Draft202012Validator:
 def _schema_problems(document: Any, schema: Path) -> list[Problem]:
     """Where the document does not keep to the schema."""
     found: list[Problem] = []
-    for error in _validator(schema).iter_errors(document):
-        # Of alternatives, the one that came furthest is the one that was meant.
-        while error.context:
-            error = max(error.context, key=_nearness)
+    for error in (each for whole in _validator(schema).iter_errors(document) for each in _meant(whole)):
         where = tuple(error.absolute_path)
         if error.validator == "additionalProperties":
             found += [((*where, key), what) for key, what in _unknown_keys(error)]
         elif error.validator == "pattern" and isinstance(error.schema, Mapping):
             is_key = "propertyNames" in error.absolute_schema_path
             what = f"{error.instance!r} is not {error.schema['title']}"
-            found.append(((*where, error.instance) if is_key else where, what))
+            found.append(((*where, str(error.instance)) if is_key else where, what))
         else:
             found.append((where, _explained(error)))
     return found
+
+
+def _meant(error: jsonschema.ValidationError) -> Iterator[jsonschema.ValidationError]:
+    """What is wrong in particular: of alternatives, all that is wrong with the one that came furthest."""
+    if not error.context:
+        yield error
+        return
+    alternative = max(error.context, key=_nearness).relative_schema_path[0]
+    for inner in error.context:
+        if inner.relative_schema_path[0] == alternative:
+            yield from _meant(inner)
 
 
 def _explained(error: jsonschema.ValidationError) -> str:

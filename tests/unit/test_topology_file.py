@@ -254,6 +254,13 @@ def test_all_errors_are_told_at_once() -> None:
     assert [line.split(": ")[0] for line in lines] == ["lab.yaml:1:1", "lab.yaml:5:5", "lab.yaml:22:5"]
 
 
+def test_all_errors_of_one_node_are_told_at_once() -> None:
+    with pytest.raises(TopologyError) as caught:
+        loads("name: lab\nnodes:\n  a: {kind: hots, sysctl: {}, setup: [1]}\nlinks: []")
+    keys = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    assert keys == ["nodes.a.kind", "nodes.a.sysctl", "nodes.a.setup[0]"]
+
+
 @pytest.mark.parametrize("make", ["missing", "directory", "binary"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, make: str) -> None:
     path = tmp_path / "lab.yaml"
