@@ -3,11 +3,10 @@
 Owns: waiting for it. An expectation looks back to the moment the stimulus began, so it may be written after the
 stimulus; it looks forward for a time, and returns as soon as it holds.
 
-    watch = Watch(session)
-    watch.mark()
-    client.connect(...)
-    watch.expect(at="server:eth0", match={"tcp.dport": 80, "tcp.flags": "S"})
-    watch.expect_none(at="server:eth0", match=lambda ip: ip.src == "10.0.1.2", during=0.5)
+    lab.mark()
+    lab["client"].run(...)
+    lab.expect(at="server:eth0", match={"tcp.dport": 80, "tcp.flags": "S"})
+    lab.expect_none(at="server:eth0", match=lambda ip: ip.src == "10.0.1.2", during=0.5)
 
 None passes on a capture that lost a frame or does not run: that raises CaptureError. One that fails raises
 ExpectationError, see failure.py.
@@ -16,6 +15,7 @@ ExpectationError, see failure.py.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -27,7 +27,7 @@ from testbed.frames import Frame
 from testbed.matching import Match, Matcher, matcher_of
 from testbed.trace import Journey, trace
 
-__all__ = ["ExpectationError", "Watch"]
+__all__ = ["ExpectationError", "Expectations", "Watch"]
 
 WITHIN: Final = 2.0  # seconds
 DURING: Final = 0.5  # seconds
@@ -35,13 +35,18 @@ DURING: Final = 0.5  # seconds
 _Found = TypeVar("_Found")
 
 
-class Watch:
-    """Expectations on a capture. Each looks back to the last mark, or to the one it is given."""
+class Expectations(ABC):
+    """Expectations on a capture. Each looks back to the last mark, or to the one it is given.
 
-    def __init__(self, source: FrameSource) -> None:
-        """Look back to the beginning of the capture until there is a mark."""
-        self._source = source
-        self._since = 0
+    Until there is a mark, that is the beginning of the capture.
+    """
+
+    _since = 0
+
+    @property
+    @abstractmethod
+    def _source(self) -> FrameSource:
+        """The capture."""
 
     def mark(self) -> int:
         """A stimulus begins: what was seen before is not what is expected from now on."""
@@ -227,6 +232,17 @@ class Watch:
     def _note(self, frames: Iterable[Frame], expected: str) -> None:
         for frame in frames:
             self._source.annotate(frame, f"satisfied: {expected}")
+
+
+class Watch(Expectations):
+    """Expectations on a capture that has no lab around it. A lab (lab.py) has them itself."""
+
+    def __init__(self, source: FrameSource) -> None:
+        self._capture = source
+
+    @property
+    def _source(self) -> FrameSource:
+        return self._capture
 
 
 @dataclass(slots=True)

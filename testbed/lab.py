@@ -19,6 +19,8 @@ from testbed import capabilities, craft
 from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.errors import TestbedError
+from testbed.expect import Expectations
+from testbed.failure import FrameSource
 from testbed.impair import (
     LOG,
     WIRE,
@@ -147,8 +149,8 @@ class NodeHandle:
         return self._lab.start(self.name, Service(name, tuple(command), ready or Readiness()))
 
 
-class Lab:
-    """A lab, as a context manager: inside the `with` everything runs."""
+class Lab(Expectations):
+    """A lab, as a context manager: inside the `with` everything runs, and what is expected of its captures is asked."""
 
     def __init__(
         self,
@@ -249,6 +251,12 @@ class Lab:
     def namespaces(self) -> Mapping[str, Namespace]:
         """All that it consists of: the nodes' by their names, and that between impaired links (impair.py)."""
         return {name: site.namespace for name, site in self._builder.sites.items()}
+
+    @property
+    def _source(self) -> FrameSource:
+        if self.capture is None:
+            raise LabError(f"nothing can be expected of {self.topology.name}: it captures nothing")
+        return self.capture
 
     def start(self, node: str, service: Service) -> Program:
         """Start a service in a node."""

@@ -16,7 +16,7 @@ from typing import Final, assert_never
 
 from testbed.capture import CaptureError
 from testbed.engine_handle import EngineHandle
-from testbed.expect import ExpectationError, Watch
+from testbed.expect import ExpectationError
 from testbed.journal import LAB
 from testbed.lab import Lab, LabError
 from testbed.layers import packet_of
@@ -78,30 +78,27 @@ def carry_out(scenario: Scenario, lab: Lab) -> Iterator[Outcome]:
 
 
 class _Runner:
-    """Does steps, and remembers since when expectations look back."""
+    """Does steps; expectations look back to the last one that was none."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
-        if lab.capture is None:
-            raise LabError("a scenario needs the lab's captures")
-        self._watch = Watch(lab.capture)
 
     def do(self, step: Step) -> None:
         """Do one step; StepError, or what the lab raises, when it fails."""
         if isinstance(step, Expectation):
             self._expect(step)
         else:
-            self._watch.mark()
+            self._lab.mark()
             self._act(step)
 
     def _expect(self, step: Expectation) -> None:
         match step:
             case Expect(at, match, count, within):
-                self._watch.expect(at, match, count=count, within=within)
+                self._lab.expect(at, match, count=count, within=within)
             case ExpectNever(at, match, during):
-                self._watch.expect_none(at, match, during=during)
+                self._lab.expect_none(at, match, during=during)
             case ExpectSame(at, match, changed, within):
-                self._watch.expect_same(match, at=at, changed=changed, within=within)
+                self._lab.expect_same(match, at=at, changed=changed, within=within)
             case ExpectEngine():
                 self._ask_engine(step)
             case _:

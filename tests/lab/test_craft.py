@@ -14,7 +14,6 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
 from scapy.packet import Raw
 
-from testbed.expect import Watch
 from testbed.lab import Lab, LabError
 from testbed.topology_file import loads
 
@@ -33,14 +32,6 @@ links:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with Lab(loads(TOPOLOGY), tmp_path_factory.mktemp("craft")) as running:
         yield running
-
-
-@pytest.fixture
-def watch(lab: Lab) -> Watch:
-    assert lab.capture is not None
-    made = Watch(lab.capture)
-    made.mark()
-    return made
 
 
 def namespaces() -> set[str]:
@@ -66,9 +57,10 @@ def own_namespace() -> str:
         pytest.param(IPv6(src="2001:db8::9", dst="fd01::2") / UDP(dport=9), {"ipv6.src": "2001:db8::9"}, id="spoofed6"),
     ],
 )
-def test_packet_goes_by_the_nodes_own_routes(lab: Lab, watch: Watch, packet: Any, seen: dict[str, object]) -> None:
+def test_packet_goes_by_the_nodes_own_routes(lab: Lab, packet: Any, seen: dict[str, object]) -> None:
+    lab.mark()
     lab["a"].send(packet)
-    frame = watch.expect("b:eth0", {**seen, "udp.dport": 9}, count=1)[0]
+    frame = lab.expect("b:eth0", {**seen, "udp.dport": 9}, count=1)[0]
     assert frame.packet[UDP].chksum not in (0, None)
     assert frame.ip is not None
     assert frame.ip.layout.hop_limit == packet.ttl - 1 if IP in packet else packet.hlim - 1
@@ -85,13 +77,12 @@ def test_packet_goes_by_the_nodes_own_routes(lab: Lab, watch: Watch, packet: Any
         pytest.param(IPv6(dst="fe80::77") / UDP(dport=9), "fe80::", id="link-local"),
     ],
 )
-def test_what_is_for_a_link_leaves_by_the_interface_that_is_said(
-    lab: Lab, watch: Watch, packet: Any, address: str
-) -> None:
+def test_what_is_for_a_link_leaves_by_the_interface_that_is_said(lab: Lab, packet: Any, address: str) -> None:
+    lab.mark()
     if packet.dst == "fe80::77":
         lab["r"].run(["ip", "-6", "neigh", "replace", packet.dst, "lladdr", "02:00:00:00:00:77", "dev", "eth0"])
     lab["r"].send(packet, interface="eth0")
-    frame = watch.expect("r:eth0", {"udp.dport": 9}, count=1)[0]
+    frame = lab.expect("r:eth0", {"udp.dport": 9}, count=1)[0]
     assert frame.packet[packet.__class__].dst == packet.dst
     assert frame.packet[packet.__class__].src.startswith(address)
 

@@ -49,6 +49,13 @@ def test_a_node_knows_its_addresses_and_what_is_run_in_it_is_inside() -> None:
     assert lab.left_over == []
 
 
+def test_nothing_can_be_expected_of_a_lab_without_captures() -> None:
+    with lab_of(capture=False) as lab:
+        for ask in (lab.mark, lambda: lab.expect("a:eth0"), lambda: lab.expect_none("a:eth0")):
+            with pytest.raises(LabError, match="nothing can be expected of pair: it captures nothing"):
+                ask()
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -13,7 +13,6 @@ import pytest
 
 from testbed.addressing import addressed
 from testbed.capture import CaptureSession
-from testbed.expect import Watch
 from testbed.lab import Lab
 from testbed.plan import plan
 from testbed.topology_file import load
@@ -73,7 +72,7 @@ def two_proxies(lab: Lab) -> None:
     fetch(lab, "client", "http://10.0.2.2/", 65536)
     assert peers(lab) == ["10.0.0.1"]
     for point in ("client:eth0", "first:eth1", "second:eth1", "server:eth0"):
-        Watch(capture_of(lab)).expect_conversations(point, ["tcp 10.0.0.1 > 10.0.2.2:80"])
+        lab.expect_conversations(point, ["tcp 10.0.0.1 > 10.0.2.2:80"])
 
 
 def colliding_ports(lab: Lab) -> None:
