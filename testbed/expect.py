@@ -18,6 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Final, TypeVar
 
 from testbed.changes import HOP_LIMITS
@@ -28,6 +29,8 @@ from testbed.matching import Match, Matcher, matcher_of
 from testbed.trace import Journey, trace
 
 __all__ = ["ExpectationError", "Expectations", "Watch"]
+
+__tracebackhide__ = methodcaller("errisinstance", ExpectationError)  # pytest shows where the test expected it
 
 WITHIN: Final = 2.0  # seconds
 DURING: Final = 0.5  # seconds

@@ -203,6 +203,21 @@ def test_what_the_machine_lacks_is_the_reason_of_a_skip(project: pytest.Pytester
     result.stdout.fnmatch_lines(["SKIPPED*missing netem (gone): *", "*no lab here, missing nft (gone): *"])
 
 
+def test_an_expectation_that_fails_points_at_the_test(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.mark.topology("lab.yaml")
+        def test_it(lab):
+            lab.expect(at="b:eth0", match=lambda udp: udp.dport == 9, within=0.1)
+        """
+    )
+    result = run(project)
+    result.stdout.fnmatch_lines([">*lab.expect(at=*", "E*expected at b:eth0 within 0.1 s: *", "test_it.py:5: *"])
+    result.stdout.no_fnmatch_line("*def expect(*")
+
+
 # ---- artefacts ----
 
 
