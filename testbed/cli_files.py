@@ -22,29 +22,35 @@ from testbed.topology import End, Topology
 from testbed.topology_file import load
 
 
-@click.command(epilog=examples("validate lab.yaml", "validate topologies/scenarios/proxy-dies.yaml --json"))
-@FILE
+@click.command(epilog=examples("validate lab.yaml", "validate topologies/*.yaml topologies/scenarios/*.yaml --json"))
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False))
 @AS_JSON
-def validate(file: Path, *, as_json: bool) -> None:
-    """Check a topology or scenario file.
+def validate(files: tuple[Path, ...], *, as_json: bool) -> None:
+    """Check topology and scenario files.
 
-    Every problem is told, with line and column; with --json on standard output.
+    Every problem is told, with line and column; with --json as an object a file, on standard output.
     """
-    try:
-        found = _summary(file)
-    except DocumentError as error:
-        if not as_json:
-            raise
-        click.echo(json.dumps({"file": str(file), "valid": False, "problems": str(error).splitlines()}, indent=2))
+    are_valid = True
+    for file in files:
+        try:
+            found = _summary(file)
+        except DocumentError as error:
+            are_valid = False
+            if as_json:
+                click.echo(json.dumps({"file": str(file), "valid": False, "problems": str(error).splitlines()}))
+            else:
+                click.ClickException(str(error)).show()
+            continue
+        if as_json:
+            click.echo(json.dumps({"file": str(file), "valid": True, **found}))
+        else:
+            name, *rest = found.values()
+            words = " in ".join if "steps" in found else ", ".join
+            click.echo(
+                f"{file}: {name}: {words(_amount(key, value) for key, value in zip([*found][1:], rest, strict=True))}"
+            )
+    if not are_valid:
         sys.exit(1)
-    if as_json:
-        click.echo(json.dumps({"file": str(file), "valid": True, **found}))
-    else:
-        name, *rest = found.values()
-        words = " in ".join if "steps" in found else ", ".join
-        click.echo(
-            f"{file}: {name}: {words(_amount(key, value) for key, value in zip([*found][1:], rest, strict=True))}"
-        )
 
 
 def _summary(file: Path) -> dict[str, str | int]:

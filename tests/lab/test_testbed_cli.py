@@ -301,6 +301,20 @@ def test_validate_tells_every_problem(file: Path, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 3
 
 
+def test_validate_goes_on_behind_a_file_that_is_wrong(file: Path, tmp_path: Path) -> None:
+    wrong, missing = tmp_path / "wrong.yaml", tmp_path / "missing.yaml"
+    wrong.write_text("name: x\nnods: {}\n")
+    done = run_testbed("validate", wrong, missing, file)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{file}: ")
+    assert [line.partition(" ")[2] for line in done.stderr.splitlines() if line.startswith("Error:")] == [
+        f"{wrong}:1:1: document: 'nodes' is a required property",
+        f"{missing}: cannot be read: [Errno 2] No such file or directory: '{missing}'",
+    ]
+    told = run_testbed("validate", wrong, missing, file, "--json")
+    assert [json.loads(line)["valid"] for line in told.stdout.splitlines()] == [False, False, True]
+
+
 def test_a_reader_that_has_enough_is_no_error(file: Path) -> None:
     plan = subprocess.Popen(
         [sys.executable, "-m", "testbed.cli", "plan", str(file)],
