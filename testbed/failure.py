@@ -86,16 +86,25 @@ class NearMiss:
     verdicts: tuple[Verdict, ...]
 
     @property
+    def is_of_the_kind(self) -> bool:
+        """Has it all that the conditions are about?"""
+        return all(verdict.is_there for verdict in self.verdicts)
+
+    @property
     def met(self) -> int:
         """How many conditions were met."""
         return sum(verdict.is_met for verdict in self.verdicts)
 
 
 def nearest_misses(frames: Iterable[Frame], matcher: Matcher) -> list[NearMiss]:
-    """The frames that meet the most conditions, though not all; none when no frame meets any."""
+    """The frames that came closest: of the kind, and among them those that meet the most conditions.
+
+    Such as meet none are told only when none meets any. None when no frame has what the conditions are about.
+    """
     misses = [NearMiss(frame, tuple(matcher.judge(frame))) for frame in frames if not matcher.matches(frame)]
-    near = sorted((miss for miss in misses if miss.met), key=lambda miss: -miss.met)
-    return near[:_MOST_MISSES]
+    near = [miss for miss in misses if miss.is_of_the_kind or miss.met]
+    near.sort(key=lambda miss: (not miss.is_of_the_kind, -miss.met))
+    return [miss for miss in near if miss.met or not near[0].met][:_MOST_MISSES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +126,8 @@ class Failure:
         if too_early:
             lines += ["such frames were seen there too early:", *self._listed(too_early)]
         lines += self._elsewhere(at, matcher)
-        return self._error(lines, [*(miss.frame for miss in misses), *matched, *too_early])
+        # The connection of one that meets no condition is any connection.
+        return self._error(lines, [*(miss.frame for miss in misses if miss.met), *matched, *too_early])
 
     def of_presence(self, at: str, matched: Sequence[Frame]) -> ExpectationError:
         """Too much was seen at a point."""

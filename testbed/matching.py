@@ -40,12 +40,13 @@ Match = Mapping[str, object] | Callable[..., object] | None
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How one condition came out for one frame."""
+    """How one condition came out for one frame. `is_there`: the frame has what the condition is about."""
 
     subject: str
     expected: str
     seen: str
     is_met: bool
+    is_there: bool = True
 
 
 class Matcher(ABC):
@@ -93,7 +94,8 @@ class _Fields(Matcher):
         verdicts = []
         for layer, field, value in self._fields:
             seen = read_field(frame, layer, field)
-            verdicts.append(Verdict(f"{layer}.{field}", _expected_text(value), _text(seen), _holds(value, seen)))
+            came_out = _text(seen), _holds(value, seen), seen is not MISSING
+            verdicts.append(Verdict(f"{layer}.{field}", _expected_text(value), *came_out))
         return verdicts
 
 
@@ -119,11 +121,11 @@ class _Predicate(Matcher):
 
     def judge(self, frame: Frame) -> list[Verdict]:
         layers = self._arguments(frame)
-        missing = [name for name, layer in layers.items() if layer is None]
-        if missing:
+        found = {name: layer is not None for name, layer in layers.items()}
+        if not all(found.values()):
             return [
-                Verdict(name, "present", "not there" if name in missing else "present", name not in missing)
-                for name in layers
+                Verdict(name, "present", "present" if is_there else "not there", is_there, is_there)
+                for name, is_there in found.items()
             ]
         return [Verdict(part.subject, part.expected, *part.evaluate(layers)) for part in self._parts]
 

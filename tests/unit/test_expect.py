@@ -336,6 +336,30 @@ def test_a_failure_takes_a_lambda_apart() -> None:
     assert "      ✓ ip.src     10.0.0.3\n      ✗ tcp.dport  80   expected: is 81\n" in text
 
 
+def test_a_failure_with_nothing_as_expected_shows_what_there_was_instead() -> None:
+    watch = Watch(Past(routed().frames))
+    lines = text_of(lambda: watch.expect(SERVER, {"tcp.dport": 81}, within=0.05)).splitlines()
+    assert lines[1:5] == [
+        "seen there: 4 frames, 0 of them as expected",
+        "the nearest misses:",
+        "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        "      ✗ tcp.dport  80   expected: 81",
+    ]
+    assert "  server:eth0: tcp 10.0.0.3 > 10.0.0.2:80" in lines
+
+
+def test_frames_of_the_kind_are_nearer_than_others() -> None:
+    scene = Scene()
+    scene.see(SERVER, ip(1, 2, SENT) / UDP(dport=9), outgoing=False)
+    scene.see(SERVER, ip(1, 2, SENT) / TCP(dport=80), outgoing=False)
+    watch = Watch(Past(scene.frames))
+    text = text_of(lambda: watch.expect(SERVER, lambda ip, tcp: ip.src == "9.9.9.9" and tcp.dport == 81, within=0.05))
+    misses = [line for line in text.splitlines() if "server:eth0 " in line and " ms #" in line]
+    assert [" tcp " in line for line in misses] == [True, False]
+    assert "      ✗ tcp.dport  80   expected: is 81\n" in text
+    assert "      ✗ tcp  not there   expected: present\n" in text
+
+
 def test_a_failure_with_nothing_near_shows_who_talked_to_whom() -> None:
     watch = Watch(Past(routed().frames))
     lines = text_of(lambda: watch.expect(SERVER, {"udp.dport": 53}, within=0.05)).splitlines()
@@ -400,10 +424,11 @@ def test_a_sequence_in_the_wrong_order_names_the_step() -> None:
         "expected within 0.05 s: at client:eth0 tcp.flags PA; then at server:eth0 tcp.flags S",
         "step 2 was not seen: at server:eth0 tcp.flags S",
         "seen there: 2 frames, 0 of them as expected",
-        "none of them came near",
-        "such frames were seen there too early:",
-        "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
+        "the nearest misses:",
+        "  +0.110 ms #12 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp PSH ACK seq 1 ack 501, 5 bytes",
+        "      ✗ tcp.flags  PA   expected: S",
     ]
+    assert "such frames were seen there too early:\n  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 >" in text
     assert "tcp 10.0.0.1:4000 → 10.0.0.2:80: 4 packets\n" in text
 
 
