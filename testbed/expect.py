@@ -73,6 +73,7 @@ class Expectations(ABC):
         least, most = _bounds(count)
         scan = _Scan(self._source, at, matcher_of(match), self._from(since))
         self._wait(lambda: len(scan.look()) >= least or None, within)
+        self._source.settle()
         matched = scan.look()
         self._source.verify([at])
         expected = f"expected at {at} within {within:g} s: {amount_text(least, most, scan.matcher)}"
@@ -106,12 +107,12 @@ class Expectations(ABC):
             raise ValueError("a sequence has at least one step")
         matchers = [(at, matcher_of(match)) for at, match in steps]
         begin = self._from(since)
-        found = self._wait(lambda: self._whole_sequence(matchers, begin), within)
+        found = self._wait(lambda: self._whole_sequence(matchers, begin), within) or self._sequence(matchers, begin)
         self._source.verify({at for at, _ in steps})
         order = "; then ".join(f"at {at} {matcher}" for at, matcher in matchers)
         expected = f"expected within {within:g} s: {order}"
-        if found is None:
-            raise self._broken_sequence(matchers, begin, expected)
+        if len(found) < len(steps):
+            raise self._broken_sequence(found, matchers, begin, expected)
         self._note(found, expected)
         return found
 
@@ -132,10 +133,13 @@ class Expectations(ABC):
         first, second = at
         matcher, begin = matcher_of(match), self._from(since)
         wanted = frozenset(changed)
-        self._wait(
-            lambda: all(pair.problem(wanted) is None for pair in self._pairs(matcher, at, begin)) or None, within
-        )
-        pairs = self._pairs(matcher, at, begin)
+
+        def whole() -> list[_Pair] | None:
+            pairs = self._pairs(matcher, at, begin)
+            return pairs if pairs and all(pair.problem(wanted) is None for pair in pairs) else None
+
+        # What is seen once they are whole may still be on its way, and is left out.
+        pairs = self._wait(whole, within) or self._pairs(matcher, at, begin)
         self._source.verify(at)
         fields = f"only {', '.join(sorted(wanted))} changed" if wanted else "nothing changed"
         expected = f"expected within {within:g} s: frames at {first} with {matcher} again at {second}, {fields}"
@@ -186,13 +190,15 @@ class Expectations(ABC):
         return since
 
     def _wait(self, look: Callable[[], _Found | None], within: float) -> _Found | None:
-        """Look until something is found or time is up; then once more at all that was captured until now."""
+        """Look until something is found; when time is up, once more at all that was captured until then."""
         deadline = time.monotonic() + within
         # What is there already is seen sooner than by waiting for it.
         self._source.settle()
         while True:
             amount, began = self._source.total, time.monotonic()
-            if look() is not None or (left := deadline - time.monotonic()) <= 0:
+            if (found := look()) is not None:
+                return found
+            if (left := deadline - time.monotonic()) <= 0:
                 break
             # Looking holds Python's lock, which those who read the capture need: not more than half of the time.
             time.sleep(min(left, time.monotonic() - began))
@@ -216,8 +222,9 @@ class Expectations(ABC):
                 found.append(frame)
         return found
 
-    def _broken_sequence(self, steps: Sequence[tuple[str, Matcher]], begin: int, expected: str) -> ExpectationError:
-        found = self._sequence(steps, begin)
+    def _broken_sequence(
+        self, found: Sequence[Frame], steps: Sequence[tuple[str, Matcher]], begin: int, expected: str
+    ) -> ExpectationError:
         at, matcher = steps[len(found)]
         failure = Failure(self._source, begin, f"{expected}\nstep {len(found) + 1} was not seen: at {at} {matcher}")
         return failure.of_absence(at, matcher, [], after=found[-1].time_ns + 1 if found else 0)

@@ -440,6 +440,34 @@ def test_the_same_packet_with_only_these_fields_changed() -> None:
     assert [(before.number, after.number) for before, after in pairs] == [(1, 4), (9, 12)]
 
 
+def test_the_same_packet_is_waited_for() -> None:
+    pairs = Watch(Past(routed().frames, shown=0)).expect_same({"tcp.dport": 80}, at=(CLIENT, SERVER), changed={"ip.src"})
+    assert [(before.number, after.number) for before, after in pairs] == [(1, 4)]
+
+
+class Flowing(Past):
+    """A source in which there is a frame more each time somebody looks."""
+
+    def settle(self) -> None:
+        self._shown = min(self._shown + 1, len(self._frames))
+
+    def verify(self, points: Iterable[str] | None = None) -> None:
+        self.settle()
+
+
+def test_a_further_packet_on_its_way_does_not_matter() -> None:
+    flowing = Flowing(routed().frames, shown=7)  # with the next: all of two packets, then one at its first point
+    pairs = Watch(flowing).expect_same({"tcp.dport": 80}, at=(CLIENT, SERVER), changed={"ip.src"}, within=0.05)
+    assert [(before.number, after.number) for before, after in pairs] == [(1, 4)]
+
+
+def test_a_last_step_that_comes_when_time_is_up_is_no_error_of_another_kind() -> None:
+    frames = routed().frames[:4]
+    flowing = Flowing(frames, shown=1)
+    with pytest.raises(ExpectationError, match="step 2 was not seen"):
+        Watch(flowing).expect_sequence((CLIENT, SYN), (SERVER, SYN), within=-1)
+
+
 def test_a_hop_limit_may_change_of_itself() -> None:
     scene = Scene()
     before, after = ip(1, 2, SENT) / UDP(dport=9), ip(1, 2, ROUTED) / UDP(dport=9)
