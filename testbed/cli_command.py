@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from testbed.errors import TestbedError
@@ -24,7 +24,7 @@ def become(record: Record, node: str, command: Sequence[str]) -> NoReturn:
     """Become a command inside a node of a running lab; TestbedError when it cannot be run."""
     with record.namespace(node) as namespace, namespace.entered():
         try:
-            os.execvpe(command[0], list(command), environment())
+            os.execvpe(command[0], list(command), environment(record.pid))
         except (OSError, ValueError) as error:
             raise _cannot_run(node, command, error) from error
 
@@ -34,7 +34,7 @@ def run_captured(record: Record, node: str, command: Sequence[str]) -> subproces
     with record.namespace(node) as namespace:
         try:
             with namespace.entered():
-                running = _start(command, is_captured=True)
+                running = _start(command, environment(record.pid), is_captured=True)
         except (OSError, ValueError) as error:
             raise _cannot_run(node, command, error) from error
     return _finished(running, command)
@@ -47,7 +47,7 @@ def run_in(
     with lab.journal.during(node or LAB, command_line(command)) as entry:
         try:
             with lab[node].namespace.entered() if node is not None else contextlib.nullcontext():
-                running = _start(command, is_captured=is_captured)
+                running = _start(command, environment(), is_captured=is_captured)
         except (OSError, ValueError) as error:
             raise _cannot_run(node, command, error) from error
         done = _finished(running, command)
@@ -73,9 +73,9 @@ def command_values(
     }
 
 
-def _start(command: Sequence[str], *, is_captured: bool) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], env: Mapping[str, str], *, is_captured: bool) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE if is_captured else None
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace", env=environment())
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace", env=env)
 
 
 def _finished(running: subprocess.Popen[str], command: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -30,9 +30,10 @@ KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): th
 _Owner = tuple[str, str, str]  # pid namespace, pid, start time
 
 
-def owner_mark() -> str:
-    """This process as an owner: its pid, which pids those are, and its start time, since pids come back."""
-    return f"{_pid_namespace()}:{os.getpid()}:{start_time(os.getpid())}"
+def owner_mark(pid: int | None = None) -> str:
+    """A process, or this one, as an owner: its pid, which pids those are, and its start time, since pids come back."""
+    pid = os.getpid() if pid is None else pid
+    return f"{_pid_namespace()}:{pid}:{start_time(pid)}"
 
 
 def _pid_namespace() -> int:
@@ -45,10 +46,13 @@ def namespace_mark() -> str:
     return f"{MARK}={owner_mark()}"
 
 
-def environment() -> dict[str, str]:
-    """What a lab's processes find in their environment: ours, the owner's mark, this Python's commands in the path."""
+def environment(owner: int | None = None) -> dict[str, str]:
+    """What a lab's processes find in their environment: ours, the owner's mark, this Python's commands in the path.
+
+    `owner`: the process that keeps the lab, where that is not this one.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, "PATH": path, MARK: owner_mark()}
+    return {**os.environ, "PATH": path, MARK: owner_mark(owner)}
 
 
 def start_time(pid: int) -> str | None:

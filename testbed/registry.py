@@ -55,7 +55,10 @@ class Record:
 
     def write(self) -> None:
         """Let others find the lab."""
-        _path(self.name).write_text(json.dumps(asdict(self)))
+        path = _path(self.name)
+        begun = path.with_suffix(".new")  # nobody reads half a record: it would be removed as one of no lab
+        begun.write_text(json.dumps(asdict(self)))
+        begun.replace(path)
 
     def remove(self) -> None:
         """Let nobody find it any more."""

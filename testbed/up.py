@@ -38,6 +38,7 @@ from testbed.registry import (
 from testbed.report import report
 from testbed.topology import Impairment, Topology
 
+_READY: Final = "+"  # what a keeper says of a lab that is up
 _QUESTION_PATIENCE: Final = 5.0  # seconds for somebody to ask
 
 
@@ -49,19 +50,22 @@ def up(topology: Topology, logs: Path) -> Record:
         reading, writing = os.pipe()
         if os.fork() == 0:
             os.close(reading)
-            os.close(held)  # else the lab would hold it as long as it lives
-            _keep(topology, logs, writing)
+            _keep(topology, logs, writing, held)
         os.close(writing)
         with os.fdopen(reading) as told:
-            problem = told.read()
+            verdict = told.read()
         os.wait()
-        if problem:
-            raise RegistryError(problem)
+        if verdict != _READY:
+            raise RegistryError(verdict or f"the keeper of {topology.name} was killed")
         return find(topology.name)
 
 
-def _keep(topology: Topology, logs: Path, telling: int) -> None:
-    """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns."""
+def _keep(topology: Topology, logs: Path, telling: int, held: int) -> None:
+    """The keeper: leave the command's session, build the lab, say so, answer questions until SIGTERM. Never returns.
+
+    `held` is the lock, which it has until the lab is recorded: the command may be killed before. Then nobody hears that
+    the lab is ready, and it is taken down.
+    """
     os.setsid()
     if os.fork():
         os._exit(0)
@@ -74,8 +78,10 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
             record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
             record.write()
+            os.write(telling, _READY.encode())
             os.close(telling)
             telling = -1
+            os.close(held)
             with contextlib.suppress(Down):
                 while True:
                     _answer(listener, lab)
@@ -83,7 +89,8 @@ def _keep(topology: Topology, logs: Path, telling: int) -> None:
     except Exception as error:
         message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
         if telling >= 0:
-            os.write(telling, message.encode())
+            with contextlib.suppress(BrokenPipeError):
+                os.write(telling, message.encode())
         else:
             sys.stderr.write(message + "\n")
             sys.stderr.flush()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from testbed import registry
 from testbed.cli import main
-from testbed.owner import start_time
+from testbed.owner import start_time, sweep
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("own_temporary_folder")]
 
@@ -226,6 +227,54 @@ def parent(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path: Path, number: int) -> None:
+    command = f"[sh, -c, 'sleep 1; echo ready; exec sleep {LONG}']"
+    late = f"{{command: {command}, ready: {{log: ready}}}}"
+    file.write_text(f"name: {name}\nnodes: {{a: {{services: {{late: {late}}}}}}}\nlinks: []\n")
+    building = subprocess.Popen([sys.executable, "-m", "testbed.cli", "up", file, "--directory", tmp_path / "first"])
+    with building:
+        deadline = time.monotonic() + PATIENCE
+        while not (tmp_path / "first/a.late.log").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        building.send_signal(number)
+    done = run_testbed("up", file, "--directory", tmp_path / "second")  # waits until the other one is gone
+    try:
+        assert done.returncode == 0, done.stderr
+        assert len(in_lab(LONG)) == 1
+    finally:
+        run_testbed("down", name)
+    assert in_lab(LONG) == []
+
+
+def test_what_exec_leaves_running_is_the_lab_s(lab: str) -> None:
+    done = run_testbed("exec", "--lab", lab, "a", "--", "sh", "-c", f"setsid sleep 1{LONG} >/dev/null 2>&1 &")
+    assert done.returncode == 0, done.stderr
+    (left,) = in_lab(f"1{LONG}")
+    assert left not in sweep()
+    run_testbed("down", lab)
+    assert in_lab(f"1{LONG}") == []
+
+
+def test_a_record_is_there_or_not_but_never_half(name: str) -> None:
+    record = registry.Record(name, os.getpid(), start_time(os.getpid()) or "", "/nowhere", {str(n): n for n in range(999)})
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            record.write()
+
+    record.write()
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        assert all(registry.find(name) == record for _ in range(300))
+    finally:
+        ended.set()
+        writing.join()
+        record.remove()
 
 
 def test_run_ends_as_its_command_does(file: Path, tmp_path: Path) -> None:
