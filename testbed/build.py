@@ -163,6 +163,7 @@ class Builder:
                     command,
                     input=text,
                     text=True,
+                    errors="replace",
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     env=environment(),

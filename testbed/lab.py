@@ -105,7 +105,12 @@ class NodeHandle:
             with self._lab.journal.during(self.name, command_line(command)) as entry:
                 with self.namespace.entered():
                     running = subprocess.Popen(
-                        list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+                        list(command),
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        errors="replace",
+                        env=environment(),
                     )
                 with running:
                     try:

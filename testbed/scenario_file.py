@@ -37,6 +37,7 @@ from testbed.scenario import (
     Tool,
 )
 from testbed.topology import ENGINE, Topology
+from testbed.topology_checks import readiness_problem
 from testbed.topology_file import load, understand
 from testbed.topology_reader import duration, impairment, service
 
@@ -110,7 +111,10 @@ class _Reader:
         node, name = value["in"], value["name"]
         if "command" in value:
             self._started.add((node, name))
-            return Start(node, name, service(name, value))
+            made = service(name, value)
+            if what := readiness_problem(made):
+                self.problems.append(((*where, "ready"), what))
+            return Start(node, name, made)
         self._known((*where, "name"), name, self._own.get(node, ()), "service")
         if further := sorted({"ready", "tproxy"} & set(value)):
             self.problems.append(((*where, further[0]), "only with a command"))

@@ -65,11 +65,12 @@ def _service_problems(node: Node) -> Iterator[Problem]:
         if name == ENGINE and node.engine is not None:
             yield ("services", name), "that is the name of the node's engine"
     for service in node.services:
-        if what := _readiness_problem(service):
+        if what := readiness_problem(service):
             yield ("services", service.name, "ready"), what
 
 
-def _readiness_problem(service: Service) -> str | None:
+def readiness_problem(service: Service) -> str | None:
+    """What is wrong with the way in which a service is to be found ready."""
     ready = service.ready
     if (ready.port is not None) + (ready.log is not None) + ready.notify > 1:
         return "only one of port, log and notify"
@@ -224,7 +225,9 @@ def _capture_problems(topology: Topology) -> Iterator[Problem]:
     known |= {f"{node.name}:lo" for node in topology.nodes}
     makers = {node.name for node in topology.nodes if node.setup}  # of interfaces that only arming a capture can find
     for place, label in enumerate(topology.captured()):
-        if label not in known and label.partition(":")[0] not in makers:
+        node, _, interface = label.partition(":")
+        may_be_made = node in makers and interface and ":" not in interface
+        if label not in known and not may_be_made:
             yield ("capture", place), f"there is no interface {label!r}{_nearest(label, known)}"
 
 

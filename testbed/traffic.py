@@ -157,20 +157,28 @@ def _answer(opener: urllib.request.OpenerDirector, url: str, timeout: float) -> 
 def udp_ask(address: str, port: int, count: int, size: int, timeout: float) -> None:
     """Send datagrams from one socket and expect each back; print how many came, and from where."""
     senders: set[str] = set()
-    came = 0
+    answered: set[int] = set()
     with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:
-        sock.settimeout(timeout)
         for number in range(count):
-            sent = number.to_bytes(4, "big") + bytes(size - 4)
-            sock.sendto(sent, (address, port))
-            try:
-                answer, peer = sock.recvfrom(0xFFFF)
-            except TimeoutError:
-                continue
-            came += answer == sent
-            senders.add(f"{peer[0]} {peer[1]}")
-    _say(sent=count, answered=came, senders=sorted(senders))
-    sys.exit(0 if came == count else 1)
+            sock.sendto(_datagram(number, size), (address, port))
+            deadline = time.monotonic() + timeout
+            # Before its answer may come that of an earlier one, late or once more.
+            while number not in answered and (left := deadline - time.monotonic()) > 0:
+                sock.settimeout(left)
+                try:
+                    answer, peer = sock.recvfrom(0xFFFF)
+                except TimeoutError:
+                    break
+                senders.add(f"{peer[0]} {peer[1]}")
+                about = int.from_bytes(answer[:4], "big")
+                if about <= number and answer == _datagram(about, size):
+                    answered.add(about)
+    _say(sent=count, answered=len(answered), senders=sorted(senders))
+    sys.exit(0 if len(answered) == count else 1)
+
+
+def _datagram(number: int, size: int) -> bytes:
+    return number.to_bytes(4, "big") + bytes(size - 4)
 
 
 @main.command("tcp-ask")

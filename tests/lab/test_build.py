@@ -137,6 +137,9 @@ def failed_command(*command: str) -> Callable[[], list[Operation]]:
         pytest.param(refused_setting, "net.ipv4.no_such_setting = 1 in b: .*No such file", id="sysctl"),
         pytest.param(failed_command("ip", "link", "set", "x", "up"), "'ip link set x up' of a failed: ", id="setup"),
         pytest.param(failed_command("sh", "-c", "exit 3"), "of a failed: exit status 3", id="silent setup"),
+        pytest.param(
+            failed_command("sh", "-c", r"printf '\377'; exit 3"), "of a failed: \ufffd", id="bytes of a setup"
+        ),
         pytest.param(failed_command("no-such-program"), "of a failed: no-such-program: No such file", id="no program"),
     ],
 )

@@ -42,6 +42,7 @@ def test_a_node_knows_its_addresses_and_what_is_run_in_it_is_inside() -> None:
         done = lab["b"].run(["ip", "-brief", "address", "show", "eth0"])
         assert "10.0.0.2/24" in done.stdout
         assert lab["b"].call(lambda: Namespace.current().identity) == lab["b"].namespace.identity
+        assert lab["b"].run(["printf", r"no text: \377"]).stdout == "no text: \ufffd"
         with pytest.raises(LookupError):
             lab["a"].address(4, "eth7")
         with pytest.raises(KeyError):

@@ -259,7 +259,9 @@ def test_what_exec_leaves_running_is_the_lab_s(lab: str) -> None:
 
 
 def test_a_record_is_there_or_not_but_never_half(name: str) -> None:
-    record = registry.Record(name, os.getpid(), start_time(os.getpid()) or "", "/nowhere", {str(n): n for n in range(999)})
+    record = registry.Record(
+        name, os.getpid(), start_time(os.getpid()) or "", "/nowhere", {str(n): n for n in range(999)}
+    )
     ended = threading.Event()
 
     def write() -> None:

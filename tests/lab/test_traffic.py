@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,24 @@ def test_clients_get_what_servers_answer(lab: Lab, address: str) -> None:
     host = f"[{address}]" if ":" in address else address
     page = ask(lab, "fetch", f"http://{host}/")
     assert (page["status"], page["sha256"]) == (200, hashlib.sha256(content(PAGE_BYTES)).hexdigest())
+
+
+def test_answers_that_come_twice_do_not_hide_those_behind_them(lab: Lab) -> None:
+    with lab["server"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as twice:
+        twice.bind(("10.0.0.2", 9))
+        twice.settimeout(PATIENCE)
+
+        def serve() -> None:
+            for _ in range(5):
+                asked, peer = twice.recvfrom(64)
+                for _ in range(2):
+                    twice.sendto(asked, peer)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        said = ask(lab, "udp-ask", "10.0.0.2", "--port", 9, "--count", 5)
+        serving.join()
+    assert (said["sent"], said["answered"]) == (5, 5)
 
 
 def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) -> None:

@@ -441,7 +441,9 @@ def test_the_same_packet_with_only_these_fields_changed() -> None:
 
 
 def test_the_same_packet_is_waited_for() -> None:
-    pairs = Watch(Past(routed().frames, shown=0)).expect_same({"tcp.dport": 80}, at=(CLIENT, SERVER), changed={"ip.src"})
+    pairs = Watch(Past(routed().frames, shown=0)).expect_same(
+        {"tcp.dport": 80}, at=(CLIENT, SERVER), changed={"ip.src"}
+    )
     assert [(before.number, after.number) for before, after in pairs] == [(1, 4)]
 
 

@@ -110,6 +110,14 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param('expect: {at: "a:eth0", changed: [ip.src]}', "changed: only with two points", id="changed"),
         pytest.param('expect: {at: "a:eth0", never: 1s, count: 2}', "count: not with never", id="never"),
         pytest.param('expect: {at: "a:eth0", within: 2}', "within", id="no unit"),
+        pytest.param(
+            "start: {in: a, name: x, command: [ls], ready: {log: '('}}",
+            "start.ready: '(' is no regular",
+            id="ready log",
+        ),
+        pytest.param(
+            "start: {in: a, name: x, command: [ls], ready: notify}", "start.ready: the command is not told", id="notify"
+        ),
         pytest.param("run: {in: a, command: [ls], output: '('}", "no regular expression", id="regular expression"),
         pytest.param("run: {in: a, command: [ls], within: 2h}", "no number followed by us or ms or s", id="time"),
         pytest.param("fetch: {in: a, url: ftp://x}", "http", id="url"),

@@ -240,6 +240,16 @@ BROKEN = {
         ("capture", 0),
         "no interface 'a:eth1'; did you mean 'a:eth0'?",
     ),
+    "a capture at no interface of a node with setup": (
+        replace(lab(a=Node("a", setup=(("true",),))), capture=("a",)),
+        ("capture", 0),
+        "no interface 'a'",
+    ),
+    "a capture at too much": (
+        replace(lab(a=Node("a", setup=(("true",),))), capture=("a:br7:1",)),
+        ("capture", 0),
+        "no interface 'a:br7:1'",
+    ),
 }
 
 
