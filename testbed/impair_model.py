@@ -11,6 +11,7 @@ A frame's way: loss, corruption, the queue in front of the rate, the delay, and 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -46,6 +47,7 @@ class Departure:
 
     when: float  # seconds, of the clock that `now` came from
     frame: bytes
+    sent: float  # when its last bit is past the rate: `when` without the delay
 
 
 class Direction:
@@ -58,12 +60,24 @@ class Direction:
         self._free_at = 0.0  # when the last bit that waits in front of the rate will have been sent
         self._begin(impairment, impairment.seed or 0)
 
-    def change(self, impairment: Impairment) -> None:
-        """Do something else to the frames from now on; the choices go on as they were, unless there is a new seed."""
+    def change(self, impairment: Impairment, now: float) -> Callable[[Departure], Departure]:
+        """Do something else to the frames from now on; the choices go on as they were, unless there is a new seed.
+
+        What waits in front of the rate passes it at the new one: returns what that makes of a departure.
+        """
+        before, after = self._impairment.rate, impairment.rate
+        stretch = 0.0 if before is None or after is None else before / after
         if impairment.seed is None:
             self._impairment = impairment
         else:
             self._begin(impairment, impairment.seed)
+
+        def at_new_rate(departure: Departure) -> Departure:
+            shift = max(0.0, departure.sent - now) * (stretch - 1)
+            return Departure(departure.when + shift, departure.frame, departure.sent + shift)
+
+        self._free_at = now + max(0.0, self._free_at - now) * stretch
+        return at_new_rate
 
     def _begin(self, impairment: Impairment, seed: int) -> None:
         self._impairment = impairment
@@ -94,7 +108,7 @@ class Direction:
         if twice < impairment.duplicate:
             counts.duplicated += 1
             copies = 2
-        return [Departure(sent + delay, frame)] * copies
+        return [Departure(sent + delay, frame, sent)] * copies
 
     def _sent(self, now: float, length: int) -> float | None:
         """When the last bit of a frame is on the wire; None when too much waits already."""

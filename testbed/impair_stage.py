@@ -24,7 +24,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
-from testbed.impair_model import COUNTERS, Direction
+from testbed.impair_model import COUNTERS, Departure, Direction
 from testbed.topology import Impairment
 
 RECORD: Final = struct.Struct(f"={len(COUNTERS)}Q")  # the counters of a direction in the shared file
@@ -78,28 +78,38 @@ def _open_control() -> socket.socket:
     return opened
 
 
-def _change(control: socket.socket, directions: Mapping[str, Direction]) -> None:
-    """Take over the change that came: `{"label": ..., "impairment": ...}`."""
+# What is to leave: when, a number that keeps the order of what leaves at the same time, and where.
+_Waiting = tuple[float, int, _Lane, Departure]
+
+
+def _change(control: socket.socket, lanes: Mapping[str, _Lane], waiting: list[_Waiting]) -> None:
+    """Take over the change that came, `{"label": ..., "impairment": ...}`, for what waits as well."""
     data, sender = control.recvfrom(_LARGEST)
     change = json.loads(data)
-    directions[change["label"]].change(Impairment(**change["impairment"]))
+    changed = lanes[change["label"]]
+    at_new_rate = changed.direction.change(Impairment(**change["impairment"]), time.monotonic())
+    for place, (_, number, lane, departure) in enumerate(waiting):
+        if lane is changed:
+            moved = at_new_rate(departure)
+            waiting[place] = (moved.when, number, lane, moved)
+    heapq.heapify(waiting)
     with contextlib.suppress(OSError):  # whoever asked is gone
         control.sendto(_DONE, sender)
 
 
 def _carry(lanes: list[_Lane], counters: mmap.mmap, control: socket.socket) -> None:
     """Carry frames until the process is ended."""
-    waiting: list[tuple[float, int, _Lane, bytes]] = []
-    number = 0  # keeps the order of frames that are due at the same time
+    waiting: list[_Waiting] = []
+    number = 0
     by_socket = {lane.source: (place, lane) for place, lane in enumerate(lanes)}
-    by_label = {lane.direction.label: lane.direction for lane in lanes}
+    by_label = {lane.direction.label: lane for lane in lanes}
     while True:
         patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         # poll() and epoll round up to milliseconds
         readable, _, _ = select.select((control, *by_socket), (), (), patience)
         if control in readable:
             readable.remove(control)
-            _change(control, by_label)
+            _change(control, by_label, waiting)
         for source in readable:
             place, lane = by_socket[source]
             frames, dropped = _frames(source)
@@ -108,14 +118,16 @@ def _carry(lanes: list[_Lane], counters: mmap.mmap, control: socket.socket) -> N
             for arrived, frame in frames:
                 for departure in lane.direction.departures(arrived, frame):
                     number += 1
-                    heapq.heappush(waiting, (departure.when, number, lane, departure.frame))
+                    heapq.heappush(waiting, (departure.when, number, lane, departure))
             RECORD.pack_into(counters, place * RECORD.size, *astuple(lane.direction.counts))
         while waiting and waiting[0][0] <= time.monotonic():
-            _, _, lane, frame = heapq.heappop(waiting)
+            _, _, lane, departure = heapq.heappop(waiting)
             try:
-                lane.target.send(frame)
+                lane.target.send(departure.frame)
             except OSError as error:  # a full queue or an interface that is down loses it, as a wire would
-                print(f"a frame of {len(frame)} bytes was not sent: {os.strerror(error.errno or 0)}", flush=True)
+                print(
+                    f"a frame of {len(departure.frame)} bytes was not sent: {os.strerror(error.errno or 0)}", flush=True
+                )
 
 
 def _frames(source: socket.socket) -> tuple[list[tuple[float, bytes]], int]:

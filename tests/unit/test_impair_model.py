@@ -118,12 +118,27 @@ def test_a_rate_spaces_frames_and_its_full_queue_drops_them() -> None:
     assert direction.counts.overflowed == 74
 
 
+def test_what_waits_passes_at_the_new_rate() -> None:
+    direction = Direction(Impairment(rate=64_000, delay=0.5), "a:eth0")
+    waiting = [direction.departures(0, bytes(1000))[0] for _ in range(100)]
+    assert waiting[-1].when == pytest.approx(13)
+    at_new_rate = direction.change(Impairment(rate=6_400_000), 0)
+    moved = [at_new_rate(each) for each in waiting]
+    assert [each.when for each in moved] == pytest.approx([0.5 + number * 0.00125 for number in range(1, 101)])
+    (behind,) = direction.departures(0, bytes(1000))
+    assert behind.when == pytest.approx(101 * 0.00125)
+    assert direction.counts.overflowed == 0
+    at_once = direction.change(Impairment(), 0.1)
+    assert [at_once(each).when for each in moved if each.sent > 0.1] == pytest.approx([0.6] * 20)
+    assert direction.departures(0.1, bytes(1000))[0].when == 0.1
+
+
 def test_after_a_change_the_same_choices_are_made_for_what_happens_now() -> None:
     changed, fresh = Direction(Impairment(loss=0.9), "a:eth0"), Direction(EVERYTHING, "a:eth0")
     for frame in FRAMES[:100]:
         changed.departures(0, frame)
         fresh.departures(0, frame)
-    changed.change(EVERYTHING)
+    changed.change(EVERYTHING, 0)
     assert [changed.departures(0, frame) for frame in FRAMES[100:]] == [
         fresh.departures(0, frame) for frame in FRAMES[100:]
     ]
@@ -133,7 +148,7 @@ def test_after_a_change_the_same_choices_are_made_for_what_happens_now() -> None
 def test_a_change_with_a_seed_begins_anew() -> None:
     changed, seeded = Direction(EVERYTHING, "a:eth0"), replace(EVERYTHING, seed=5)
     changed.departures(0, FRAMES[0])
-    changed.change(seeded)
+    changed.change(seeded, 0)
     assert [changed.departures(number * 0.001, frame) for number, frame in enumerate(FRAMES)] == sent(seeded)
 
 
