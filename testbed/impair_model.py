@@ -58,7 +58,8 @@ class Direction:
         self.counts = Counts()
         self.label: Final = label
         self._free_at = 0.0  # when the last bit that waits in front of the rate will have been sent
-        self._begin(impairment, impairment.seed or 0)
+        self._impairment = impairment
+        self._begin(impairment.seed or 0)
 
     def change(self, impairment: Impairment, now: float) -> Callable[[Departure], Departure]:
         """Do something else to the frames from now on; the choices go on as they were, unless there is a new seed.
@@ -67,10 +68,9 @@ class Direction:
         """
         before, after = self._impairment.rate, impairment.rate
         stretch = 0.0 if before is None or after is None else before / after
-        if impairment.seed is None:
-            self._impairment = impairment
-        else:
-            self._begin(impairment, impairment.seed)
+        self._impairment = impairment
+        if impairment.seed is not None:
+            self._begin(impairment.seed)
 
         def at_new_rate(departure: Departure) -> Departure:
             shift = max(0.0, departure.sent - now) * (stretch - 1)
@@ -79,8 +79,7 @@ class Direction:
         self._free_at = now + max(0.0, self._free_at - now) * stretch
         return at_new_rate
 
-    def _begin(self, impairment: Impairment, seed: int) -> None:
-        self._impairment = impairment
+    def _begin(self, seed: int) -> None:
         self._random = random.Random(f"{seed} {self.label}")
         self._apart = random.Random(f"{seed} {self.label} apart")
 

@@ -137,7 +137,9 @@ def _frames(source: socket.socket) -> tuple[list[tuple[float, bytes]], int]:
     """
     found: list[tuple[float, bytes]] = []
     dropped = 0
-    ahead = time.monotonic() - time.time()  # of the clock that the kernel's stamps are from
+    # Of the clock that the kernel's stamps are from. Whoever is interrupted between the two is late, not early.
+    behind = time.time()
+    ahead = time.monotonic() - behind
     while len(found) < _BURST:
         try:
             frame, messages, _, address = source.recvmsg(_LARGEST, _CONTROL)

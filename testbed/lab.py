@@ -20,7 +20,7 @@ from testbed.build import Builder
 from testbed.capture import CapturePoint, CaptureSession
 from testbed.errors import TestbedError
 from testbed.expect import Expectations
-from testbed.failure import FrameSource
+from testbed.failure import ExpectationError, FrameSource
 from testbed.impair import (
     LOG,
     WIRE,
@@ -37,7 +37,7 @@ from testbed.impair_model import Counts
 from testbed.journal import LAB, Journal, command_line
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.owner import environment, sweep, temporary_folder
+from testbed.owner import KEPT, environment, sweep, temporary_folder
 from testbed.plan import plan
 from testbed.process import Program, ServiceError
 from testbed.recorder import Recorder, Recording
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _ANSWER_PATIENCE: Final = 2.0  # seconds for an answer to a crafted packet
-_DELETE_PATIENCE: Final = 2.0  # seconds for the kernel to take the namespaces apart
+_DELETE_PATIENCE: Final = 5.0  # seconds for the kernel to take the namespaces apart
 
 _Result = TypeVar("_Result")
 
@@ -167,7 +167,9 @@ class Lab(Expectations):
         engine_options: Mapping[str, Sequence[str]] | None = None,
         record: bool = False,
     ) -> None:
-        """A lab that keeps its logs and captures in `directory`, or in a temporary one that goes with it.
+        """A lab that keeps its logs and captures in `directory`, or in a temporary one.
+
+        That goes with it, unless it was an expectation that failed inside the `with`.
 
         `engine_options`: further options of tproxyd, by node, beside those of the topology. `record`: listen to the
         engines, so that a report has their decisions packet by packet; for its first packets it slows them.
@@ -214,6 +216,8 @@ class Lab(Expectations):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_temporary and isinstance(error, ExpectationError):
+            (self.directory / KEPT).touch()  # the error says where the capture file lies
         complaints = [program.account() for program in self.programs.values() if program.has_failed]
         if self._stage is not None and self._stage.program.has_failed:
             complaints.append(self._stage.program.account())
@@ -309,11 +313,11 @@ class Lab(Expectations):
     def leave(self) -> None:
         """End the captures and let go of all else: somebody has taken it over (keeper.py).
 
-        Steps given to `at_end` are not done.
+        Steps given to `at_end` are not done. CaptureError, and the lab is as it was, when a capture has failed.
         """
-        self._undo = Undo()
         if self.capture is not None:
             self.capture.stop()
+        self._undo = Undo()
         if self._warden is not None:
             self._warden.release()
             self._warden.finish()

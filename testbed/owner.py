@@ -26,6 +26,7 @@ from testbed.netns import Namespace
 # In the environment of every process of a lab, and with each of its namespaces: the owner, as `owner_mark` tells it.
 MARK: Final = "TESTBED_OWNER"
 KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): the owner from which it took a lab over
+KEPT: Final = "kept"  # a file in a temporary folder that is to stay (warden.py looks for it, too)
 
 _Owner = tuple[str, str, str]  # pid namespace, pid, start time
 
@@ -83,7 +84,7 @@ def sweep() -> list[int]:
                 killed.append(pid)
     for folder in Path(tempfile.gettempdir()).glob("testbed-*"):
         named = re.fullmatch(r"testbed-.+-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}", folder.name)
-        if named is not None and _is_gone(*named.groups()):
+        if named is not None and _is_gone(*named.groups()) and not (folder / KEPT).exists():
             shutil.rmtree(folder, ignore_errors=True)
     return killed
 

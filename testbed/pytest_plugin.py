@@ -174,8 +174,8 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
         if _has_failed(node) or accounts:
             write_state(lab, folder.path, "\n".join((_story(node), *accounts)).strip())
         if _has_failed(node) and config.getoption("--lab-keep"):
-            stack.pop_all()
             node.user_properties.append((_KEPT, _keep(lab, folder)))
+            stack.pop_all()
 
 
 def _claim_folder(parent: Path, name: str) -> ArtefactFolder:

@@ -35,6 +35,7 @@ links:
   - ends: [{node: r}, {node: t, addresses: []}]
   - ends: [{node: r}, {node: c}]
 """
+PATIENCE = 10.0  # seconds
 PAIR = "name: pair\nnodes: {a: %s, b: }\nlinks: [{ends: [{node: a}, {node: b}]}]"
 
 
@@ -109,7 +110,7 @@ def test_what_was_built_is_gone_when_it_is_closed() -> None:
     with Watch({node: builder.namespace(node) for node in builder.sites}) as watch:
         assert len(watch.remaining(0)) == 4
         builder.close()
-        assert watch.remaining(2) == []
+        assert watch.remaining(PATIENCE) == []
     assert open_descriptors() == descriptors
 
 
@@ -155,7 +156,7 @@ def test_a_refused_operation_is_named_and_leaves_nothing(operations: Callable[[]
         builder.build(operations())
     assert watches
     for each in watches:
-        assert each.remaining(2) == []
+        assert each.remaining(PATIENCE) == []
         each.close()
     assert open_descriptors() == descriptors
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.owner import MARK, start_time
+from testbed.owner import MARK, owner_mark
 
 pytestmark = pytest.mark.lab
 
@@ -111,7 +111,7 @@ def test_demo_that_is_killed_leaves_nothing(tmp_path: Path, datapath: str, seed:
     moment = random.Random(seed).uniform(0.3, 2.5)
     command = [sys.executable, str(DEMO), "--directory", str(tmp_path), "--datapath", datapath]
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    mark = f"{MARK}={demo.pid}:{start_time(demo.pid)}".encode()
+    mark = f"{MARK}={owner_mark(demo.pid)}".encode()
     with pytest.raises(subprocess.TimeoutExpired):
         demo.wait(moment)
     demo.send_signal(signal.SIGKILL)

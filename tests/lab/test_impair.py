@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.lab
 PAIR = "name: impaired\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b, impair: %s}]}]"
 ONE_WAY = "name: impaired\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b}]}]"
 READY_LAB = Path(__file__).parents[2] / "topologies/lossy-link.yaml"
+PATIENCE = 10.0
 QUIET = 0.25  # seconds without a frame after which no more are expected
 TYPE = bytes.fromhex("88b5")  # of frames that no stack answers (IEEE 802, local experiments)
 MACS = {"a": bytes.fromhex("02000000000a"), "b": bytes.fromhex("02000000000b")}
@@ -73,13 +75,30 @@ def send(lab: Lab, node: str, count: int, size: int = 200, gap: float = 0.0) -> 
 
 
 def settled(lab: Lab) -> None:
-    """Wait until nothing has been seen anywhere for a while."""
+    """Wait until nothing has been seen anywhere for a while, and the user-space stage has nothing left."""
     assert lab.capture is not None
-    before = -1
-    while before != lab.capture.total:
-        before = lab.capture.total
-        lab.capture.wait(before, QUIET)
-    lab.capture.settle()
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        before = -1
+        while before != lab.capture.total:
+            before = lab.capture.total
+            lab.capture.wait(before, QUIET)
+        lab.capture.settle()
+        # A busy machine may keep the stage from its work for longer than that.
+        if time.monotonic() > deadline or not any("in user space" in note for note in lab.notes) or carried(lab):
+            return
+
+
+def carried(lab: Lab) -> bool:
+    """Whether all that went into the impaired links has come out of them, or never will."""
+    assert lab.capture is not None
+    other = {end.label: far.label for link in lab.topology.links for end, far in (link.ends, link.ends[::-1])}
+    for label, counts in lab.impairments.items():
+        sent = sum(frame.outgoing and frame.data[12:14] == TYPE for frame in lab.capture.frames(label))
+        arrived = sum(not frame.outgoing for frame in lab.capture.frames(other[label]))
+        if counts.seen < sent or arrived != counts.seen - counts.lost - counts.overflowed + counts.duplicated:
+            return False
+    return True
 
 
 def at_rest(lab: Lab) -> tuple[Mapping[str, Counts], list[Frame]]:

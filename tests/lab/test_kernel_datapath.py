@@ -562,12 +562,13 @@ def test_where_the_map_for_redirects_takes_no_more_a_packet_is_dropped_and_the_n
     near.settimeout(0.3)
     with pytest.raises(TimeoutError):
         near.connect((lab.server.address(), 80))
-    near.close()  # before it sends its SYN again
-    assert lab.reasons("PREROUTING") == {"map-full": 1}
+    near.close()  # before it sends its SYN again, on a machine that is not busy
+    full = lab.reasons("PREROUTING")
+    assert full.keys() == {"map-full"}
     again = lab.open(lab.client, TCP)
     again.connect((lab.server.address(), 80))
     proxy.accept()[0].close()
-    assert lab.reasons("PREROUTING") == {"map-full": 1, "redirect": 1}
+    assert lab.reasons("PREROUTING") == {**full, "redirect": 1}
 
 
 @versions

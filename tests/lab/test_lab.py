@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,10 @@ import pytest
 from traffic_checks import gets_through
 
 from testbed.build import BuildError
+from testbed.failure import ExpectationError
 from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
+from testbed.owner import sweep
 from testbed.process import ServiceError
 from testbed.shapes import chain
 from testbed.topology import Readiness, Topology
@@ -165,8 +168,7 @@ def test_what_a_service_left_behind_is_killed_and_told() -> None:
     assert lab.left_over in ([f"sleep (pid {daemon})"], [f"bash (pid {daemon})"])
 
 
-def test_a_socket_that_keeps_a_namespace_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("testbed.lab._DELETE_PATIENCE", 0.2)
+def test_a_socket_that_keeps_a_namespace_is_told() -> None:
     with lab_of() as lab:
         kept = lab["a"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
     kept.close()
@@ -198,6 +200,20 @@ def test_a_given_directory_stays_with_its_logs(tmp_path: Path) -> None:
     with Lab(loads(PAIR % ""), tmp_path / "new") as lab:
         lab["b"].start("s", ["bash", "-c", "echo anew; sleep 60"], Readiness(log="anew"))
     assert (tmp_path / "new" / "b.s.log").read_text() == "anew\n"
+
+
+def test_a_failed_expectation_leaves_the_capture_file_that_it_names() -> None:
+    with pytest.raises(ExpectationError) as failed, lab_of() as lab:
+        lab.expect("b:eth0", {"udp.dport": 9}, within=0.05)
+    try:
+        sweep()
+        assert failed.value.path.stat().st_size > 0
+        assert str(failed.value.path) in str(failed.value)
+    finally:
+        shutil.rmtree(failed.value.path.parent)
+    with pytest.raises(ZeroDivisionError), lab_of() as lab:
+        _ = 1 / 0
+    assert not lab.directory.exists()
 
 
 def test_labs_run_side_by_side() -> None:

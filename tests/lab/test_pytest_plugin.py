@@ -248,10 +248,10 @@ def test_what_fails_before_or_after_the_test_leaves_a_folder_too(project: pytest
         import os, pytest, signal
 
         def topology(ready):
-            service = "{command: [bash, -c, 'echo last words; exec sleep 60'], ready: {%s, within: 1}}" % ready
+            service = "{command: [bash, -c, 'echo last words; exec sleep 60'], ready: {%s}}" % ready
             return "name: n\\nnodes: {a: {services: {s: %s}}}\\nlinks: []" % service
 
-        @pytest.mark.topology(topology("port: 7"))
+        @pytest.mark.topology(topology("port: 7, within: 3"))
         def test_never_ready(lab): pass
 
         @pytest.mark.topology(topology("log: words"))

@@ -305,7 +305,7 @@ LOOK_AROUND = """
 read -r children < /proc/$$/task/$$/children
 echo "$PPID" "$PWD" "children: $children"
 umask; ulimit -a
-grep -E '^(Sig|ShdPnd|NoNewPrivs|CapEff|CapBnd|Specul|PPid|NSsid|NSpgid)' /proc/$$/status | sed "s/\\b$$\\b/self/"
+grep -E '^(Sig[^Q]|ShdPnd|NoNewPrivs|CapEff|CapBnd|Specul|PPid|NSsid|NSpgid)' /proc/$$/status | sed "s/\\b$$\\b/self/"
 ls /proc/$$/fd
 """
 

@@ -231,15 +231,17 @@ def parent(pid: int) -> int | None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path: Path, number: int) -> None:
-    command = f"[sh, -c, 'sleep 1; echo ready; exec sleep {LONG}']"
+    command = f"[sh, -c, 'until test -e {tmp_path}/go; do sleep 0.02; done; echo ready; exec sleep {LONG}']"
     late = f"{{command: {command}, ready: {{log: ready}}}}"
     file.write_text(f"name: {name}\nnodes: {{a: {{services: {{late: {late}}}}}}}\nlinks: []\n")
-    building = subprocess.Popen([sys.executable, "-m", "testbed.cli", "up", file, "--directory", tmp_path / "first"])
-    with building:
+    # Of a job in the background of a script, SIGINT is ignored from the beginning.
+    words = ["env", "--default-signal=INT", sys.executable, "-m", "testbed.cli", "up", str(file), "--directory"]
+    with subprocess.Popen([*words, str(tmp_path / "first")]) as building:
         deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "first/a.late.log").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         building.send_signal(number)
+    (tmp_path / "go").touch()
     done = run_testbed("up", file, "--directory", tmp_path / "second")  # waits until the other one is gone
     try:
         assert done.returncode == 0, done.stderr
@@ -252,8 +254,10 @@ def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path:
 def test_what_exec_leaves_running_is_the_lab_s(lab: str) -> None:
     done = run_testbed("exec", "--lab", lab, "a", "--", "sh", "-c", f"setsid sleep 1{LONG} >/dev/null 2>&1 &")
     assert done.returncode == 0, done.stderr
-    (left,) = in_lab(f"1{LONG}")
-    assert left not in sweep()
+    deadline = time.monotonic() + PATIENCE
+    while not (left := in_lab(f"1{LONG}")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not {*left} & {*sweep()}
     run_testbed("down", lab)
     assert in_lab(f"1{LONG}") == []
 

@@ -80,12 +80,12 @@ def listeners(lab: Lab) -> int:
     return listening
 
 
-def connect(lab: Lab, port: int) -> tuple[str, int]:
-    """Try to connect to the peer from the host; the address it was tried from."""
+def connect(lab: Lab, port: int, patience: float = 0.3) -> tuple[str, int]:
+    """Try to connect to the peer from the host; the address it was tried from. Without patience, one SYN is sent."""
     with lab["host"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as near:
         near.bind((lab["host"].address(), 0))
-        near.settimeout(0.3)
-        with contextlib.suppress(TimeoutError):
+        near.settimeout(patience)
+        with contextlib.suppress(TimeoutError, BlockingIOError):
             near.connect((lab["peer"].address(), port))
         name: tuple[str, int] = near.getsockname()
         return name
@@ -106,7 +106,7 @@ def endpoint(address: str, port: int) -> dict[str, Any]:
 def test_monitor_tells_of_sockrefs_connections_and_drops(lab: Lab) -> None:
     with proxy(lab), watching(lab, "monitor", "--json", "--count", "5") as watcher:
         address, port = connect(lab, 80)
-        connect(lab, 81)
+        connect(lab, 81, patience=0)
         with (
             lab["host"].call(Tproxy) as tproxy,
             lab["host"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as owner,
