@@ -30,6 +30,7 @@ from testbed.frames import Frame
 from testbed.netns import Namespace
 from testbed.packet_ring import PacketRing
 from testbed.pcapng import PcapngWriter, add_comments
+from testbed.trace import LONGEST_HOP
 
 FILE_NAME: Final = "capture.pcapng"
 
@@ -77,6 +78,7 @@ class CaptureSession:
     def __init__(self, points: Sequence[CapturePoint], directory: Path, *, ring_bytes: int = RING_BYTES) -> None:
         """`directory` gets the file; `ring_bytes` is how much one point may hold that was not read yet."""
         self.path: Final = directory / FILE_NAME
+        self.longest_hop = LONGEST_HOP  # seconds; a lab knows of slower links
         self._points = {point.label: point for point in points}
         if len(self._points) < len(points):
             raise CaptureError("a capture point is given twice")

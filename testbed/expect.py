@@ -232,7 +232,7 @@ class Expectations(ABC):
     def _pairs(self, matcher: Matcher, at: tuple[str, str], begin: int) -> list[_Pair]:
         """The frames that match at the first point, each with the same packet at the second."""
         first, second = at
-        journeys = trace(self._source.frames(since=begin))
+        journeys = trace(self._source.frames(since=begin), self._source.longest_hop)
         return [
             _Pair(hop.frame, journey, first, second)
             for journey in journeys

@@ -39,6 +39,10 @@ class FrameSource(Protocol):
         """The points in the order of their columns."""
 
     @property
+    def longest_hop(self) -> float:
+        """Seconds after which a packet that was not seen again is lost (trace.py)."""
+
+    @property
     def total(self) -> int:
         """How many frames were read so far at all points."""
 
@@ -177,7 +181,7 @@ class Failure:
     def _connection_of(self, frame: Frame) -> Connection | None:
         frames = self.source.frames(since=self.since)
         place = bisect_left(frames, frame.number, key=lambda other: other.number)
-        found = connections(trace(frames[max(0, place - _NEAR) : place + _NEAR]))
+        found = connections(trace(frames[max(0, place - _NEAR) : place + _NEAR], self.source.longest_hop))
         return next((connection for connection in found if connection.has(frame)), None)
 
     def _conversations(self) -> Iterator[str]:

@@ -50,6 +50,12 @@ class Departure:
     sent: float  # when its last bit is past the rate: `when` without the delay
 
 
+def longest_way(impairment: Impairment) -> float:
+    """How many seconds a frame may be on its way, in front of the rate and behind it."""
+    waits = 0.0 if impairment.rate is None else QUEUE * 8 / impairment.rate
+    return waits + impairment.delay + impairment.jitter
+
+
 class Direction:
     """One direction of a link."""
 

@@ -33,7 +33,7 @@ from testbed.impair import (
     notes,
     why_in_user_space,
 )
-from testbed.impair_model import Counts
+from testbed.impair_model import Counts, longest_way
 from testbed.journal import LAB, Journal, command_line
 from testbed.netns import Namespace
 from testbed.nsid import Watch
@@ -43,6 +43,7 @@ from testbed.process import Program, ServiceError
 from testbed.recorder import Recorder, Recording
 from testbed.topology import ENGINE, Address, Impairment, Node, Readiness, Service, Topology
 from testbed.topology_file import check
+from testbed.trace import LONGEST_HOP
 from testbed.undo import Undo
 from testbed.warden_handle import WardenHandle
 
@@ -340,6 +341,9 @@ class Lab(Expectations):
         interfaces = [label.split(":") for label in self.topology.captured()]
         points = [CapturePoint(node, interface, self._builder.namespace(node)) for node, interface in interfaces]
         self.capture = CaptureSession(points, self.directory)
+        for link in self.topology.links:
+            for end in link.ends:
+                self._allow_for(end.impair or Impairment())
         self.capture.start()
         self._undo.add("the captures", self.capture.stop)
 
@@ -382,8 +386,14 @@ class Lab(Expectations):
         with self.journal.during(LAB, f"{label}: {described(impairment)}"):
             try:
                 means.change(label, impairment)
+                self._allow_for(impairment)
             except ImpairError as error:
                 raise LabError(str(error)) from error
+
+    def _allow_for(self, impairment: Impairment) -> None:
+        """Take no packet for lost as long as a link may be the reason that it is not seen."""
+        if self.capture is not None:
+            self.capture.longest_hop = max(self.capture.longest_hop, LONGEST_HOP + longest_way(impairment))
 
     @property
     def _means(self) -> list[Stage | KernelImpairments]:

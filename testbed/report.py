@@ -151,7 +151,7 @@ def _traffic(lab: Lab, decisions: Sequence[Decision]) -> Traffic:
         trouble = str(error)
     frames = capture.frames()
     read = _both_ends(frames, _MOST_FRAMES)
-    found = connections(trace(read))
+    found = connections(trace(read, capture.longest_hop))
     told = {id(frame) for each in found for _, journey in each.journeys for hop in journey.hops for frame in hop.frames}
     others = [frame for frame in read if id(frame) not in told]
     start = min((connection.legs[0].began for connection in found), default=None)

@@ -24,8 +24,8 @@ from testbed.changes import Change, changes_between
 from testbed.frames import Frame, ip_of
 from testbed.headers import IpPacket, TcpHeader
 
-# A packet that was not seen for so long is lost; the next with its fingerprint is another.
-_LONGEST_HOP_NS: Final = 1_000_000_000
+# Seconds. A packet that was not seen for so long is lost; the next with its fingerprint is another.
+LONGEST_HOP: Final = 1.0
 
 # What the pieces of a segment that a device cut differ in, and is no translation.
 _CUTTING: Final = frozenset({"ip.id", "tcp.seq", "tcp.flags", "payload"})
@@ -111,15 +111,19 @@ class _Siblings:
     begin: dict[_Place, int] = field(default_factory=dict)
 
 
-def trace(frames: Iterable[Frame]) -> list[Journey]:
-    """Put frames together to journeys, in the order in which these began. Frames without an IP packet are left out."""
+def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Journey]:
+    """Put frames together to journeys, in the order in which these began. Frames without an IP packet are left out.
+
+    `longest_hop`: seconds after which a packet that was not seen again is lost.
+    """
     drafts: list[_Draft] = []
+    longest = int(longest_hop * 1e9)
     by_fingerprint: defaultdict[object, _Siblings] = defaultdict(_Siblings)
     for frame in sorted(frames, key=lambda frame: frame.time_ns):
         if frame.ip is None:
             continue
         siblings = by_fingerprint[_fingerprint(frame.ip)]
-        draft = _continued_by(frame, siblings)
+        draft = _continued_by(frame, siblings, longest)
         if draft is None:
             draft = _Draft(frame)
             drafts.append(draft)
@@ -145,26 +149,26 @@ def _fingerprint(packet: IpPacket) -> object:
     return (*common, packet.payload)
 
 
-def _continued_by(frame: Frame, siblings: _Siblings) -> _Draft | None:
+def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | None:
     """The journey that a frame is the next hop of."""
     place, drafts = _place(frame), siblings.drafts
     begin = siblings.begin.get(place, 0)
-    while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame)):
+    while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame, longest)):
         begin += 1
     siblings.begin[place] = begin
     later = (drafts[index] for index in range(begin, len(drafts)))
-    possible = islice((draft for draft in later if _may_continue(draft, frame)), _MOST_COMPARED)
+    possible = islice((draft for draft in later if _may_continue(draft, frame, longest)), _MOST_COMPARED)
     # min keeps the first of equals, and that is the one which began first.
     return min(possible, key=lambda draft: _strangeness(draft, frame), default=None)
 
 
-def _is_lost(draft: _Draft, frame: Frame) -> bool:
-    return frame.time_ns - draft.last.time_ns > _LONGEST_HOP_NS
+def _is_lost(draft: _Draft, frame: Frame, longest: int) -> bool:
+    return frame.time_ns - draft.last.time_ns > longest
 
 
-def _may_continue(draft: _Draft, frame: Frame) -> bool:
+def _may_continue(draft: _Draft, frame: Frame, longest: int) -> bool:
     last, packet = ip_of(draft.last), ip_of(frame)
-    if _place(frame) in draft.hops or _is_lost(draft, frame):
+    if _place(frame) in draft.hops or _is_lost(draft, frame, longest):
         return False
     if tuple(reversed(_ends(packet))) in draft.ends:
         return False  # a reply, under whichever of its addresses

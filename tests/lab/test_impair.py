@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP, UDP
 from traffic_checks import gets_through
 
 from testbed import registry
@@ -382,6 +383,17 @@ def test_what_a_link_does_is_changed_for_the_next_frame(impairment: str, tmp_pat
     entries = [entry.what for entry in lab.journal.entries]
     assert "a:eth0: loss=0.5" in entries
     assert "a:eth0: nothing" in entries
+
+
+def test_a_packet_is_the_same_behind_a_link_that_takes_longer_than_others(tmp_path: Path) -> None:
+    with running(ONE_WAY % "{delay: 1500ms, seed: 7}", tmp_path) as lab:
+        lab["a"].send(IP(dst=lab["b"].address()) / UDP(dport=9))
+        ((before, after),) = lab.expect_same({"udp.dport": 9}, at=("a:eth0", "b:eth0"), within=PATIENCE)
+        assert after.time_ns - before.time_ns > 1_490_000_000
+        lab.impair("a:eth0", Impairment(delay=2.2))
+        lab.mark()
+        lab["a"].send(IP(dst=lab["b"].address()) / UDP(dport=10))
+        lab.expect_same({"udp.dport": 10}, at=("a:eth0", "b:eth0"), within=PATIENCE)
 
 
 @NEEDS_TBF

@@ -17,6 +17,7 @@ from testbed.expect import ExpectationError, Watch
 from testbed.frames import Frame
 from testbed.layers import MatchError
 from testbed.matching import Match, matcher_of
+from testbed.trace import LONGEST_HOP
 
 
 class Past:
@@ -25,6 +26,7 @@ class Past:
     def __init__(self, frames: list[Frame], shown: int | None = None) -> None:
         self.path = Path("/run/lab/capture.pcapng")
         self.points = POINTS
+        self.longest_hop = LONGEST_HOP
         self.comments: list[tuple[int, str]] = []
         self.verified: list[str] = []
         self._frames = frames
