@@ -321,7 +321,7 @@ def test_in_a_browser_packets_open_by_click_key_and_fragment_and_nothing_hostile
 
     looking.open("about:blank")  # so that the page is loaded anew
     looking.open(f"{proxied.as_uri()}#{second}")
-    assert is_open(looking) == [False, True]
+    until(lambda: is_open(looking) == [False, True], "the packet of the fragment is open")
     assert looking.evaluate("document.activeElement.parentElement.id") == second
     assert looking.evaluate("document.title") == "engine: what the lab did"
     assert looking.evaluate("document.scripts.length") == 1
@@ -366,5 +366,5 @@ def test_in_a_browser_the_timeline_zooms_by_button_and_key(proxied: Path, lookin
     packet = looking.evaluate("document.querySelector('.mark.forward').getAttribute('href')")
     looking.click(".mark.forward")
     assert looking.evaluate("location.hash") == packet
-    assert True in is_open(looking)
+    until(lambda: True in is_open(looking), "the packet is open")  # the page is told of its fragment later
     assert looking.complaints() == []
