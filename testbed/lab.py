@@ -341,9 +341,8 @@ class Lab(Expectations):
         interfaces = [label.split(":") for label in self.topology.captured()]
         points = [CapturePoint(node, interface, self._builder.namespace(node)) for node, interface in interfaces]
         self.capture = CaptureSession(points, self.directory)
-        for link in self.topology.links:
-            for end in link.ends:
-                self._allow_for(end.impair or Impairment())
+        for impairment in (end.impair for link in self.topology.links for end in link.ends if end.impair is not None):
+            self._allow_for(impairment)
         self.capture.start()
         self._undo.add("the captures", self.capture.stop)
 
