@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -109,17 +110,24 @@ def _owners_by_namespace(known: Collection[int]) -> dict[int, _Owner]:
             if int(process.name) not in known and (number := (process / "ns/net").stat().st_ino) != ours:
                 inside[number].append(int(process.name))
     found: dict[int, _Owner] = {}
-    for number, pids in inside.items():
-        with (
-            contextlib.suppress(OSError),
-            Namespace.of_process(pids[0]) as namespace,
-            namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
-        ):
-            # Who was there a moment ago may have gone on to another.
-            is_there = namespace.identity[1] == number
-            if is_there and (owner := _read_mark(MARK, rtnetlink.marked(netlink))) is not None:
+    # /proc shows where a process's first thread is, and whoever is seen inside a lab is killed with it.
+    with ThreadPoolExecutor(1) as unseen:
+        for number, pids in inside.items():
+            if (owner := unseen.submit(_owner_of_namespace, pids[0], number).result()) is not None:
                 found |= dict.fromkeys(pids, owner)
     return found
+
+
+def _owner_of_namespace(pid: int, number: int) -> _Owner | None:
+    """The owner in the mark of a process's namespace; None when that is no longer the one with this number."""
+    with (
+        contextlib.suppress(OSError),
+        Namespace.of_process(pid) as namespace,
+        namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
+    ):
+        if namespace.identity[1] == number:
+            return _read_mark(MARK, rtnetlink.marked(netlink))
+    return None
 
 
 def _read_mark(variable: str, text: str) -> _Owner | None:

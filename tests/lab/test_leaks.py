@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from testbed.lab import Lab
 from testbed.netns import Namespace
 from testbed.nsid import Watch
 from testbed.owner import MARK, start_time, sweep
+from testbed.topology import Node, Topology
 from testbed.warden_handle import WardenHandle
 
 pytestmark = pytest.mark.lab
@@ -192,6 +194,27 @@ def test_a_process_without_environment_is_found_by_its_namespace(tmp_path: Path)
         lab.kill()
     sweep()  # or another lab that starts at the same time
     assert wait_for(lambda: start_time(sleeper) is not None)
+
+
+def test_who_sweeps_is_not_seen_inside_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab's warden, or another that sweeps, would take it for one of the lab's processes, and kill it."""
+    entered, entries = Namespace.entered, []
+
+    @contextlib.contextmanager
+    def watched(namespace: Namespace) -> Iterator[None]:
+        with entered(namespace), Namespace.of_process(os.getpid()) as shown:
+            entries.append(shown.identity == namespace.identity)
+            yield
+
+    with Lab(Topology("swept", (Node("a"),)), tmp_path, capture=False) as lab:
+        with lab["a"].namespace.entered():
+            sleeper = subprocess.Popen(["sleep", "60"], env={})  # not marked: its namespace is asked
+        monkeypatch.setattr(Namespace, "entered", watched)
+        sweep()
+        monkeypatch.undo()
+    sleeper.wait()
+    assert entries
+    assert not any(entries)
 
 
 def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:

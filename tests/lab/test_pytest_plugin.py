@@ -58,7 +58,9 @@ def project(pytester: pytest.Pytester, name: str) -> pytest.Pytester:
 
 def run(project: pytest.Pytester, *words: str) -> pytest.RunResult:
     """pytest in the project, as a command."""
-    return project.runpytest_subprocess(*WITHOUT, *words, timeout=60)
+    result = project.runpytest_subprocess(*WITHOUT, *words, timeout=60)
+    assert result.ret >= 0, f"pytest was ended by {signal.Signals(-result.ret).name}"
+    return result
 
 
 def folders(project: pytest.Pytester) -> list[Path]:
