@@ -13,7 +13,7 @@ import click
 
 from testbed import cli_completion as completion
 from testbed.cli_options import CODES
-from testbed.errors import TestbedError
+from testbed.errors import TestbedError, in_words
 
 _WHERE: Final = {
     "validate": "cli_files:validate",
@@ -64,8 +64,7 @@ class _Commands(click.Group):
         except BrokenPipeError:  # who reads has enough; click ends quietly
             raise
         except (TestbedError, OSError) as error:
-            text = "\n".join((str(error), *getattr(error, "__notes__", ())))
-            raise click.ClickException(text) from error
+            raise click.ClickException(in_words(error)) from error
 
 
 @click.group(cls=_Commands, epilog=_EPILOG)

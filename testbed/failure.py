@@ -130,8 +130,9 @@ class Failure:
         if too_early:
             lines += ["such frames were seen there too early:", *self._listed(too_early)]
         lines += self._elsewhere(at, matcher)
-        # The connection of one that meets no condition is any connection.
-        return self._error(lines, [*(miss.frame for miss in misses if miss.met), *matched, *too_early])
+        # The connection of one that meets no condition is any connection, unless there is but one.
+        is_only = len(_names(frames)) == 1
+        return self._error(lines, [*(miss.frame for miss in misses if miss.met or is_only), *matched, *too_early])
 
     def of_presence(self, at: str, matched: Sequence[Frame]) -> ExpectationError:
         """Too much was seen at a point."""
@@ -187,8 +188,12 @@ class Failure:
     def _conversations(self) -> Iterator[str]:
         yield "conversations, by point:"
         for point in self.source.points:
-            names = sorted({str(one) for one in conversations(self.source.frames(point, self.since))})
-            yield f"  {point}: {', '.join(names) or 'none'}"
+            yield f"  {point}: {', '.join(_names(self.source.frames(point, self.since))) or 'none'}"
+
+
+def _names(frames: Iterable[Frame]) -> list[str]:
+    """Who talked to whom, each once."""
+    return sorted({str(one) for one in conversations(frames)})
 
 
 def amount_text(least: int, most: int | None, matcher: Matcher) -> str:

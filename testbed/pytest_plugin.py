@@ -163,7 +163,7 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
     folder = _claim_folder(config.rootpath / config.getoption("--lab-artefacts"), node.nodeid)
     node.stash[_folder_of] = folder
     lab = node.stash[_last_lab_of] = Lab(description, folder.path, record=True)
-    with contextlib.ExitStack() as stack:
+    with _in_its_own_words(), contextlib.ExitStack() as stack:
         stack.enter_context(lab)
         node.stash[_lab_of] = lab
         yield lab
@@ -176,6 +176,17 @@ def lab(request: pytest.FixtureRequest, topology: object) -> Iterator[Lab]:
         if _has_failed(node) and config.getoption("--lab-keep"):
             node.user_properties.append((_KEPT, _keep(lab, folder)))
             stack.pop_all()
+
+
+@contextlib.contextmanager
+def _in_its_own_words() -> Iterator[None]:
+    """What is wrong with a lab fails the test as a text: a traceback would show where the testbed noticed."""
+    from testbed.errors import TestbedError, in_words
+
+    try:
+        yield
+    except TestbedError as error:
+        raise pytest.fail.Exception(in_words(error), pytrace=False) from None
 
 
 def _claim_folder(parent: Path, name: str) -> ArtefactFolder:

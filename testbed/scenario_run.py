@@ -16,6 +16,7 @@ from typing import Final, assert_never
 
 from testbed.capture import CaptureError
 from testbed.engine_handle import EngineHandle
+from testbed.errors import in_words
 from testbed.expect import ExpectationError
 from testbed.journal import LAB
 from testbed.lab import Lab, LabError
@@ -70,7 +71,7 @@ def carry_out(scenario: Scenario, lab: Lab) -> Iterator[Outcome]:
             try:
                 runner.do(step)
             except (StepError, *_TROUBLE) as error:
-                failure = "\n".join((str(error), *getattr(error, "__notes__", ())))
+                failure = in_words(error)
             entry.end("failed" if failure else "as it should be", is_bad=bool(failure))
         yield Outcome(number, step, time.monotonic() - begin, failure)
         if failure:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from testbed.errors import TestbedError
+from testbed.errors import TestbedError, in_words
 from testbed.keeper import Down, leave
 from testbed.lab import Lab
 from testbed.owner import start_time
@@ -87,7 +87,7 @@ def _keep(topology: Topology, logs: Path, telling: int, held: int) -> None:
                     _answer(listener, lab)
         status = 0
     except Exception as error:
-        message = "\n".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))
+        message = in_words(error)
         if telling >= 0:
             with contextlib.suppress(BrokenPipeError):
                 os.write(telling, message.encode())

@@ -270,7 +270,11 @@ def test_what_fails_before_or_after_the_test_leaves_a_folder_too(project: pytest
         def test_late(late): pass
         """
     )
-    run(project).assert_outcomes(passed=2, errors=3)
+    result = run(project)
+    result.assert_outcomes(passed=2, errors=3)
+    result.stdout.fnmatch_lines(["a/s was not ready after 3 s", "    | last words", "a/s was ended by SIGKILL"])
+    for line in ("*/testbed/*.py:*", "*another exception*"):  # what is wrong with a lab is told in its own words
+        result.stdout.no_fnmatch_line(line)
     found = folders(project)
     assert [folder.name.rpartition("-")[0] for folder in found] == [
         "test_it.py_test_died",

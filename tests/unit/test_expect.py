@@ -339,15 +339,19 @@ def test_a_failure_takes_a_lambda_apart() -> None:
 
 
 def test_a_failure_with_nothing_as_expected_shows_what_there_was_instead() -> None:
-    watch = Watch(Past(routed().frames))
+    scene = routed()
+    watch = Watch(Past(scene.frames))
+    text = text_of(lambda: watch.expect(SERVER, {"tcp.dport": 81}, within=0.05))
+    assert "tcp 10.0.0.1:4000 → 10.0.0.2:80: 4 packets\n" in text  # the only one: it must have been meant
+    scene.see(SERVER, ip(1, 2, SENT) / TCP(dport=8080), outgoing=False)
     lines = text_of(lambda: watch.expect(SERVER, {"tcp.dport": 81}, within=0.05)).splitlines()
     assert lines[1:5] == [
-        "seen there: 4 frames, 0 of them as expected",
+        "seen there: 5 frames, 0 of them as expected",
         "the nearest misses:",
         "  +0.030 ms #4 server:eth0 in: 10.0.0.3:4000 > 10.0.0.2:80 tcp SYN seq 0",
         "      ✗ tcp.dport  80   expected: 81",
     ]
-    assert "  server:eth0: tcp 10.0.0.3 > 10.0.0.2:80" in lines
+    assert "  server:eth0: tcp 10.0.0.1 > 10.0.0.2:8080, tcp 10.0.0.3 > 10.0.0.2:80" in lines
 
 
 def test_frames_of_the_kind_are_nearer_than_others() -> None:
