@@ -16,6 +16,8 @@ from testbed.headers import ICMP, ICMPV6, TCP, UDP, IpPacket
 # What every router changes: no news at a hop, and no breach of 'nothing else changed'.
 HOP_LIMITS: Final = frozenset({"ip.ttl", "ipv6.hlim"})
 
+_IP_FLAGS: Final = ("none", "DF", "reserved", "reserved DF")  # the two above that for more fragments
+
 _TRANSPORT_NAMES: Final = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmpv6"}
 
 
@@ -44,11 +46,13 @@ def changes_between(before: Frame, after: Frame) -> tuple[Change, ...]:
 def _fields(frame: Frame) -> Iterator[tuple[str, object]]:
     yield "vlan", frame.vlans
     if frame.ip is not None:
-        yield from _packet_fields(frame.ip)
+        yield from _packet_fields(frame.ip, frame.data)
 
 
-def _packet_fields(packet: IpPacket) -> Iterator[tuple[str, object]]:
+def _packet_fields(packet: IpPacket, data: bytes) -> Iterator[tuple[str, object]]:
+    """Its fields; `data` is what its layout is about."""
     layout = packet.layout
+    header = data[layout.start : layout.transport]
     is_v4 = layout.version == 4
     net = "ip" if is_v4 else "ipv6"
     yield f"{net}.src", packet.source
@@ -57,9 +61,15 @@ def _packet_fields(packet: IpPacket) -> Iterator[tuple[str, object]]:
     yield f"{net}.{'ttl' if is_v4 else 'hlim'}", layout.hop_limit
     yield f"{net}.id", layout.identification
     yield f"{net}.frag", (layout.fragment_offset, layout.has_more_fragments) if layout.is_fragment else None
+    if is_v4:
+        yield "ip.flags", _IP_FLAGS[header[6] >> 6]
+        yield "ip.options", header[20:]
+    else:
+        yield "ipv6.fl", int.from_bytes(header[:4], "big") & 0xFFFFF
+        yield "ipv6.extensions", b"" if layout.is_fragment else header[40:]
     transport = _TRANSPORT_NAMES.get(packet.protocol, "payload")
     if packet.icmp is not None:
-        yield from _icmp_fields(packet, transport)
+        yield from _icmp_fields(packet, transport, data)
     elif packet.source_port is not None:
         yield f"{transport}.sport", packet.source_port
         yield f"{transport}.dport", packet.destination_port
@@ -68,28 +78,30 @@ def _packet_fields(packet: IpPacket) -> Iterator[tuple[str, object]]:
         yield "tcp.ack", packet.tcp.ack
         yield "tcp.flags", flag_names(packet.tcp.flags)
         yield "tcp.window", packet.tcp.window
+        yield "tcp.urgptr", packet.tcp.urgent
         yield "tcp.options", packet.tcp.options
     if not packet.is_icmp_error:
         yield "payload", packet.payload
 
 
-def _icmp_fields(packet: IpPacket, transport: str) -> Iterator[tuple[str, object]]:
+def _icmp_fields(packet: IpPacket, transport: str, data: bytes) -> Iterator[tuple[str, object]]:
     assert packet.icmp is not None
     yield f"{transport}.type", packet.icmp.type
     yield f"{transport}.code", packet.icmp.code
-    if packet.icmp.embedded is None:
+    if packet.source_port is not None:
         yield f"{transport}.id", packet.source_port
         yield f"{transport}.seq", packet.icmp.rest[2:]
         return
     yield f"{transport}.rest", packet.icmp.rest
-    for name, value in _packet_fields(packet.icmp.embedded):
-        yield f"embedded {name}", value
+    if packet.icmp.embedded is not None:
+        for name, value in _packet_fields(packet.icmp.embedded, data):
+            yield f"embedded {name}", value
 
 
 def _text(value: object) -> str:
     """A field's value, short enough for one line."""
     match value:
-        case None | ():
+        case None | () | b"":
             return "none"
         case bytes():
             return value.hex() if len(value) <= 8 else f"{len(value)} bytes {value[:6].hex()}…"

@@ -107,10 +107,11 @@ def connections(journeys: Iterable[Journey]) -> list[Connection]:
     """
     legs = [Leg(part) for group in _grouped(list(journeys)) for part in _split(group)]
     groups: list[list[Leg]] = []
-    # By the node in which their last leg ends: only there it can be relayed, and there may be thousands.
+    # By the node that their last leg ends in: only there it can be relayed, and there may be thousands.
     ending: defaultdict[str, list[list[Leg]]] = defaultdict(list)
     for leg in sorted(legs, key=lambda leg: leg.began):
-        nearby = ending[_node(leg.opening.hops[0].point)]
+        begin, end = leg.opening.hops[0], leg.opening.hops[-1]
+        nearby = ending[_node(begin.point)] if begin.frame.outgoing else []
         # Of equally close ones the first: connections are relayed in the order in which they came.
         closest = max(nearby, key=lambda group: _kinship(group[-1], leg), default=None)
         if closest is not None and _kinship(closest[-1], leg):
@@ -119,7 +120,8 @@ def connections(journeys: Iterable[Journey]) -> list[Connection]:
         else:
             closest = [leg]
             groups.append(closest)
-        ending[_node(leg.opening.hops[-1].point)].append(closest)
+        if not end.frame.outgoing:
+            ending[_node(end.point)].append(closest)
     return [Connection(tuple(group)) for group in groups]
 
 
@@ -192,10 +194,7 @@ def _split(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
 
 
 def _kinship(first: Leg, second: Leg) -> int:
-    """How much the second leg looks like the first one relayed; 0: not at all."""
-    end, begin = first.opening.hops[-1], second.opening.hops[0]
-    if _node(end.point) != _node(begin.point) or end.frame.outgoing or not begin.frame.outgoing:
-        return 0
+    """How much the second leg looks like the first one, which ends where it begins, relayed; 0: not at all."""
     if first.protocol != second.protocol or not first.began <= second.began <= first.ended:
         return 0
     same_payload = first.first_payload == second.first_payload != b""

@@ -18,6 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import methodcaller
 from typing import Final, TypeVar
 
@@ -26,7 +27,7 @@ from testbed.conversations import Conversation, conversations
 from testbed.failure import ExpectationError, Failure, FrameSource, amount_text
 from testbed.frames import Frame
 from testbed.matching import Match, Matcher, matcher_of
-from testbed.trace import Journey, trace
+from testbed.trace import Hop, Journey, changes_of, trace
 
 __all__ = ["ExpectationError", "Expectations", "Watch"]
 
@@ -131,6 +132,8 @@ class Expectations(ABC):
         what a router changes (hop limit, header checksums, link addresses). Returns the frames in pairs.
         """
         first, second = at
+        if first == second:
+            raise ValueError(f"at={at}: give two points")
         matcher, begin = matcher_of(match), self._from(since)
         wanted = frozenset(changed)
 
@@ -173,7 +176,8 @@ class Expectations(ABC):
         def names() -> set[str]:
             return {str(one) for one in conversations(self._source.frames(at, begin))}
 
-        self._wait(lambda: names() == wanted or None, within)
+        # That there are none is true only when the time is up.
+        self._wait(lambda: (names() == wanted if wanted else names()) or None, within)
         seen = self.conversations(at, begin)
         if (found := {str(one) for one in seen}) != wanted:
             expected = f"expected at {at} within {within:g} s: the conversations {', '.join(sorted(wanted)) or 'none'}"
@@ -214,7 +218,8 @@ class Expectations(ABC):
     def _sequence(self, steps: Sequence[tuple[str, Matcher]], begin: int) -> list[Frame]:
         """As many steps as were seen, each as early as it can be."""
         found: list[Frame] = []
-        for frame in self._source.frames(since=begin):
+        # The places in the file are nearly, but not always, in the order of time (capture_store.py).
+        for frame in sorted(self._source.frames(since=begin), key=lambda frame: frame.time_ns):
             if len(found) == len(steps):
                 break
             at, matcher = steps[len(found)]
@@ -227,16 +232,17 @@ class Expectations(ABC):
     ) -> ExpectationError:
         at, matcher = steps[len(found)]
         failure = Failure(self._source, begin, f"{expected}\nstep {len(found) + 1} was not seen: at {at} {matcher}")
-        return failure.of_absence(at, matcher, [], after=found[-1].time_ns + 1 if found else 0)
+        return failure.of_absence(at, matcher, [], before=found)
 
     def _pairs(self, matcher: Matcher, at: tuple[str, str], begin: int) -> list[_Pair]:
         """The frames that match at the first point, each with the same packet at the second."""
         first, second = at
         journeys = trace(self._source.frames(since=begin), self._source.longest_hop)
         return [
-            _Pair(hop.frame, journey, first, second)
+            _Pair(matching[0], hop, journey, second)
             for journey in journeys
-            if (hop := journey.at(first)) is not None and matcher.matches(hop.frame)
+            for hop in journey.hops
+            if hop.point == first and (matching := [frame for frame in hop.frames if matcher.matches(frame)])
         ]
 
     def _note(self, frames: Iterable[Frame], expected: str) -> None:
@@ -277,11 +283,11 @@ class _Scan:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A frame at one point, its journey, and the point at which it is wanted again."""
+    """A frame at one point, that hop of its journey, and the point at which the packet is wanted again."""
 
     before: Frame
+    hop: Hop
     journey: Journey
-    first: str
     second: str
 
     @property
@@ -291,11 +297,13 @@ class _Pair:
 
     def problem(self, wanted: frozenset[str]) -> str | None:
         """Why it is not the packet with just the wanted fields changed."""
-        changes = self.journey.changes(self.first, self.second)
-        if changes is None:
+        again = self.journey.at(self.second)
+        if again is None:
             return f"was not seen at {self.second}, last at {self.journey.points[-1]}"
-        unwanted = [str(change) for change in changes if change.field not in wanted | HOP_LIMITS]
-        kept = sorted(wanted - {change.field for change in changes})
+        pieces = changes_of(self.hop, again)
+        changed = dict.fromkeys(chain.from_iterable(pieces))
+        unwanted = [str(change) for change in changed if change.field not in wanted | HOP_LIMITS]
+        kept = sorted({name for changes in pieces for name in wanted - {change.field for change in changes}})
         problems = [f"changed: {', '.join(unwanted)}"] * bool(unwanted) + [f"not changed: {', '.join(kept)}"] * bool(
             kept
         )

@@ -119,14 +119,17 @@ class Failure:
     since: int
     expected: str
 
-    def of_absence(self, at: str, matcher: Matcher, matched: Sequence[Frame], after: int = 0) -> ExpectationError:
-        """Too little was seen at a point, `after` a moment if that is later than the mark."""
+    def of_absence(
+        self, at: str, matcher: Matcher, matched: Sequence[Frame], before: Sequence[Frame] = ()
+    ) -> ExpectationError:
+        """Too little was seen at a point, after what should be, and was, seen before."""
+        after = before[-1].time_ns + 1 if before else 0
         frames = self.source.frames(at, max(self.since, after))
         misses = nearest_misses(frames, matcher)
         lines = [f"seen there: {_frames(len(frames))}, {len(matched)} of them as expected", *self._listed(matched)]
         lines += ["the nearest misses:" if misses else "none of them came near"] if frames else []
         lines += [line for miss in misses for line in self._miss_lines(miss)]
-        too_early = [frame for frame in self._matching(at, matcher) if frame.time_ns < after]
+        too_early = [frame for frame in self._matching(at, matcher) if frame.time_ns < after and frame not in before]
         if too_early:
             lines += ["such frames were seen there too early:", *self._listed(too_early)]
         lines += self._elsewhere(at, matcher)
@@ -177,7 +180,7 @@ class Failure:
                 yield f"such frames were seen at {point}: {len(found)}, the first {self._when(found[0])} {found[0]}"
 
     def _matching(self, at: str, matcher: Matcher) -> list[Frame]:
-        return [frame for frame in self.source.frames(at, self.since) if matcher.matches(frame)]
+        return [frame for frame in self.source.frames(at, self.since) if _is_match(frame, matcher)]
 
     def _connection_of(self, frame: Frame) -> Connection | None:
         frames = self.source.frames(since=self.since)
@@ -189,6 +192,14 @@ class Failure:
         yield "conversations, by point:"
         for point in self.source.points:
             yield f"  {point}: {', '.join(_names(self.source.frames(point, self.since))) or 'none'}"
+
+
+def _is_match(frame: Frame, matcher: Matcher) -> bool:
+    """Whether it matches; nobody asked for a frame that the match breaks on."""
+    try:
+        return matcher.matches(frame)
+    except Exception:
+        return False
 
 
 def _names(frames: Iterable[Frame]) -> list[str]:

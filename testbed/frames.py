@@ -46,15 +46,21 @@ class Frame:
         ethernet = read_ethernet(self.data)
         return () if ethernet is None else ethernet.vlans
 
-    @cached_property
+    @property
     def packet(self) -> Packet:
         """The same, dissected by Scapy."""
         # Imported here: Scapy takes a third of a second to load, and most runs never ask. inet6 brings inet along; both
         # tell Ether what it can carry.
+        from scapy.config import conf
         from scapy.layers.inet6 import IPv6  # noqa: F401
         from scapy.layers.l2 import Ether
 
-        return Ether(self.data)
+        # Kept until Scapy knows more layers: somebody may import one after the frame was looked at.
+        known = len(conf.layers)
+        if (kept := self.__dict__.get("_dissected")) is None or kept[0] != known:
+            kept = self.__dict__["_dissected"] = known, Ether(self.data)
+        packet: Packet = kept[1]
+        return packet
 
     def __str__(self) -> str:
         """Number, direction and content, in one line."""
@@ -142,6 +148,11 @@ _FLAGS = (
     (TcpHeader.RST, "RST"),
     (TcpHeader.PSH, "PSH"),
     (TcpHeader.ACK, "ACK"),
+    (TcpHeader.URG, "URG"),
+    (TcpHeader.ECE, "ECE"),
+    (TcpHeader.CWR, "CWR"),
+    (TcpHeader.AE, "AE"),
+    (TcpHeader.RESERVED, "reserved"),
 )
 
 _ICMP_TYPES = {

@@ -39,7 +39,7 @@ _ECHO: Final = {ICMP: (8, 0), ICMPV6: (128, 129)}
 _WORD: Final = Struct("!H")
 _IPV4_HEADER: Final = Struct("!BBHHHBBH4s4s")
 _IPV6_HEADER: Final = Struct("!IHBB16s16s")
-_TCP_HEADER: Final = Struct("!HHIIBBHHH")
+_TCP_HEADER: Final = Struct("!HHIIHHHH")
 _PORTS: Final = Struct("!HH")
 
 
@@ -85,19 +85,25 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class TcpHeader:
-    """TCP's own fields; `flags` as the header has them."""
+    """TCP's own fields; `flags` as the header has them, the reserved ones (RFC 9293 section 3.1) among them."""
 
     seq: int
     ack: int
     flags: int
     window: int
+    urgent: int
     options: bytes
 
-    FIN = 0x01
-    SYN = 0x02
-    RST = 0x04
-    PSH = 0x08
-    ACK = 0x10
+    FIN = 0x001
+    SYN = 0x002
+    RST = 0x004
+    PSH = 0x008
+    ACK = 0x010
+    URG = 0x020
+    ECE = 0x040
+    CWR = 0x080
+    AE = 0x100  # RFC 9768; NS before
+    RESERVED = 0xE00
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +270,9 @@ def _locate_ipv6(data: bytes, start: int) -> Layout | None:
 def _read_tcp(data: bytes, start: int, end: int) -> TcpHeader | None:
     if end - start < 20:
         return None
-    _, _, seq, ack, length, flags, window, _, _ = _TCP_HEADER.unpack_from(data, start)
-    return TcpHeader(seq, ack, flags, window, data[start + 20 : min(start + 4 * (length >> 4), end)])
+    _, _, seq, ack, length_and_flags, window, _, urgent = _TCP_HEADER.unpack_from(data, start)
+    options = data[start + 20 : min(start + 4 * (length_and_flags >> 12), end)]
+    return TcpHeader(seq, ack, length_and_flags & 0x0FFF, window, urgent, options)
 
 
 def _read_icmp(data: bytes, layout: Layout) -> IcmpHeader:

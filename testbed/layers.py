@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -50,6 +51,7 @@ _OF_FRAMES: Final[dict[str, tuple[type[Any], ...]]] = {
     "number": (int,),
     "vlans": (tuple,),
 }
+_LINK_ADDRESSES: Final = frozenset({("arp", "hwsrc"), ("arp", "hwdst")})  # on Ethernet, which is what labs have
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 NAMES: Final = ("frame", "net", *_CLASSES)
 
@@ -121,8 +123,8 @@ def packet_of(fields: Mapping[str, object]) -> Packet:
 def check_field(layer: str, field: str) -> None:
     """MatchError unless layers of that name may have such a field."""
     if layer == "icmpv6":
-        return  # each message has its own
-    if layer == "frame":
+        names = _fields_of_messages()
+    elif layer == "frame":
         names = ["point", "time_ns", "data", "outgoing", "half_checksum", "number", "vlans"]
     elif layer == "net":
         names = ["src", "dst"]
@@ -134,6 +136,16 @@ def check_field(layer: str, field: str) -> None:
         raise MatchError(f"{layer} has no field {field!r}, only {', '.join(names)}{hint}")
 
 
+@cache
+def _fields_of_messages() -> list[str]:
+    """Those of all ICMPv6 messages: each has its own."""
+    classes, names = [layer_class("icmpv6")], dict[str, None]()
+    for each in classes:
+        classes += each.__subclasses__()
+        names |= dict.fromkeys(description.name for description in each.fields_desc)
+    return list(names)
+
+
 def check_value(layer: str, field: str, value: object) -> object:
     """The value as frames have it in that field, known by `check_field`; MatchError when none can ever have it."""
     name = f"{layer}.{field}"
@@ -141,7 +153,7 @@ def check_value(layer: str, field: str, value: object) -> object:
         if (versions := _ADDRESSES.get(name)) is not None:
             return _address(value, versions)
         if isinstance(value, str | int) and layer not in ("frame", "net", "icmpv6"):
-            return _as_scapy_has_it(layer, field, value)
+            value = _as_scapy_has_it(layer, field, value)
     except Exception as error:  # whatever Scapy says of a value
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise MatchError(f"{name} is never {value!r}: {what}") from error
@@ -155,24 +167,28 @@ def _address(value: object, versions: tuple[int, ...]) -> str:
     address = ipaddress.ip_address(str(value))
     if address.version not in versions:
         raise ValueError(f"that is an address of IPv{address.version}")
-    return str(address)
+    if getattr(address, "scope_id", None) is not None:
+        raise ValueError("packets have no zones")
+    return socket.inet_ntop(socket.AF_INET if address.version == 4 else socket.AF_INET6, address.packed)
 
 
 def _as_scapy_has_it(layer: str, field: str, value: str | int) -> object:
     """What Scapy makes of a value that is put into a field, if it fits."""
-    from scapy.fields import ConditionalField, MACField, MultipleTypeField
+    from scapy.fields import ConditionalField, MACField, MultipleTypeField, _BitField
 
     description: Any = next(each for each in layer_class(layer).fields_desc if each.name == field)
     while isinstance(description, ConditionalField):
         description = description.fld
-    if isinstance(description, MultipleTypeField):
-        return value  # what it is depends on other fields
-    if isinstance(description, MACField):
+    if isinstance(description, MACField) or (layer, field) in _LINK_ADDRESSES:
         if _MAC.fullmatch(seen := str(value).lower()) is None:
             raise ValueError("a MAC address has six parts, as 02:00:00:00:00:01")
         return seen
+    if isinstance(description, MultipleTypeField):
+        return value  # what it is depends on other fields
     seen = description.any2i(None, value)
     description.addfield(None, b"", seen)
+    if isinstance(description, _BitField) and not 0 <= int(seen) < 1 << abs(description.size):  # Scapy only masks it
+        raise ValueError(f"the field has {abs(description.size)} bits")
     return seen
 
 
@@ -187,7 +203,7 @@ def _kinds(layer: str, field: str) -> tuple[type[Any], ...]:
     example = getattr(made(made().build()), field, None)
     if hasattr(example, "flagrepr"):
         return (type(example),)
-    return next(((kind,) for kind in (int, bytes) if isinstance(example, kind)), ())
+    return next(((kind,) for kind in (int, bytes, str) if isinstance(example, kind)), ())
 
 
 def read_field(frame: Frame, layer: str, field: str) -> object:
@@ -200,6 +216,8 @@ def read_field(frame: Frame, layer: str, field: str) -> object:
             return MISSING
         # Something else is in it, a tunnel perhaps, and what is in that Scapy knows.
     found = layer_in(frame, layer)
+    if layer == "ether" and found is None:
+        found = frame.packet  # a Dot3, which has the same addresses
     return MISSING if found is None else getattr(found, field, MISSING)
 
 

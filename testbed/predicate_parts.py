@@ -30,7 +30,10 @@ class Part:
         """A function that is one condition."""
 
         def evaluate(layers: Mapping[str, Any]) -> tuple[str, bool]:
-            answer = function(**layers)
+            try:
+                answer = function(**layers)
+            except Exception as error:
+                return raised(error), False
             return str(answer), bool(answer)
 
         return cls(getattr(function, "__name__", repr(function)), "is true", evaluate)
@@ -41,10 +44,18 @@ def parts_of(function: Callable[..., object]) -> list[Part]:
     if not isinstance(function, FunctionType):
         return []
     expression = _returned_expression(function)
-    if expression is None:
+    # What gives names to values is evaluated in one piece.
+    if expression is None or any(isinstance(node, ast.NamedExpr) for node in ast.walk(expression)):
         return []
     names = {**vars(builtins), **function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    for parameter in inspect.signature(function).parameters:
+        names.pop(parameter, None)
     return [_part(condition, names) for condition in _conjuncts(expression)]
+
+
+def raised(error: Exception) -> str:
+    """What is seen of a condition that cannot be asked."""
+    return f"raises {type(error).__name__}: {error}"
 
 
 def _returned_expression(function: FunctionType) -> ast.expr | None:
@@ -110,7 +121,7 @@ def _part(condition: ast.expr, names: Mapping[str, Any]) -> Part:
         try:
             return str(eval(side, scope)), bool(eval(whole, scope))
         except Exception as error:
-            return f"raises {type(error).__name__}: {error}", False
+            return raised(error), False
 
     return Part(ast.unparse(shown), expected, evaluate)
 
@@ -120,8 +131,10 @@ def _compiled(expression: ast.expr) -> CodeType:
 
 
 def _known(expression: ast.expr, names: Mapping[str, Any]) -> str:
-    """An expression's value where it does not depend on the frame, else its source."""
+    """An expression's value where it does not depend on the frame, nor calls anything, else its source."""
     try:
+        if any(isinstance(node, ast.Call) for node in ast.walk(expression)):
+            return ast.unparse(expression)
         return repr(eval(_compiled(expression), dict(names)))
     except Exception:
         return ast.unparse(expression)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Final
 
 from testbed.changes import Change, changes_between
@@ -29,6 +30,9 @@ LONGEST_HOP: Final = 1.0
 
 # What the pieces of a segment that a device cut differ in, and is no translation.
 _CUTTING: Final = frozenset({"ip.id", "tcp.seq", "tcp.flags", "payload"})
+
+# Of sequence numbers: no segment is longer, but with BIG TCP.
+_LONGEST_SEGMENT: Final = 1 << 16
 
 # Thousands of equal datagrams may be under way at once.
 _MOST_COMPARED: Final = 64
@@ -75,10 +79,19 @@ class Journey:
         """The hop at a point; None when the packet was not seen there."""
         return next((hop for hop in self.hops if hop.point == point), None)
 
-    def changes(self, first: str, second: str) -> tuple[Change, ...] | None:
-        """What changed from one point to another; None when it was not seen at both."""
-        before, after = self.at(first), self.at(second)
-        return None if before is None or after is None else _changes(before.frames, after.frames)
+
+def changes_of(before: Hop, after: Hop) -> list[tuple[Change, ...]]:
+    """What changed from one hop to another, for each piece, apart from having been cut or joined."""
+    old, new = _in_order(before.frames), _in_order(after.frames)
+    if _sizes(old) == _sizes(new):
+        return [changes_between(first, second) for first, second in zip(old, new, strict=True)]
+    before_size, after_size = sum(_sizes(old)), sum(_sizes(new))
+    lost = () if before_size == after_size else (Change("payload", f"{before_size} bytes", f"{after_size} bytes"),)
+    return [
+        (*(change for change in changes_between(first, second) if change.field not in _CUTTING), *lost)
+        for first in old
+        for second in new
+    ]
 
 
 _Place = tuple[str, bool]  # point and direction
@@ -104,11 +117,20 @@ class _Draft:
 
 
 @dataclass(slots=True)
+class _Expected:
+    """The journeys that may yet come by a place under certain names, of the first `known` with their fingerprint."""
+
+    known: int
+    drafts: list[_Draft] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Siblings:
     """The journeys with one fingerprint, and for each place the first that may still come by there."""
 
     drafts: list[_Draft] = field(default_factory=list)
     begin: dict[_Place, int] = field(default_factory=dict)
+    expected: dict[tuple[_Place, _Ends], _Expected] = field(default_factory=dict)
 
 
 def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Journey]:
@@ -156,8 +178,24 @@ def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | N
     while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame, longest)):
         begin += 1
     siblings.begin[place] = begin
-    later = (drafts[index] for index in range(begin, len(drafts)))
-    possible = islice((draft for draft in later if _may_continue(draft, frame, longest)), _MOST_COMPARED)
+    ends = _ends(ip_of(frame))
+    expected = siblings.expected.setdefault((place, ends), _Expected(begin))
+    expected.drafts += drafts[max(begin, expected.known) :]
+    expected.known = len(drafts)
+    # Those behind one that does not come are looked at again and again, if what will never come is not left out.
+    kept: list[_Draft] = []
+    possible: list[_Draft] = []
+    looked = 0
+    for draft in expected.drafts:
+        looked += 1
+        if place in draft.hops or _is_lost(draft, frame, longest) or ends[::-1] in draft.ends:
+            continue
+        kept.append(draft)
+        if _may_continue(draft, frame):
+            possible.append(draft)
+            if len(possible) == _MOST_COMPARED:
+                break
+    expected.drafts[:looked] = kept
     # min keeps the first of equals, and that is the one which began first.
     return min(possible, key=lambda draft: _strangeness(draft, frame), default=None)
 
@@ -166,12 +204,8 @@ def _is_lost(draft: _Draft, frame: Frame, longest: int) -> bool:
     return frame.time_ns - draft.last.time_ns > longest
 
 
-def _may_continue(draft: _Draft, frame: Frame, longest: int) -> bool:
+def _may_continue(draft: _Draft, frame: Frame) -> bool:
     last, packet = ip_of(draft.last), ip_of(frame)
-    if _place(frame) in draft.hops or _is_lost(draft, frame, longest):
-        return False
-    if tuple(reversed(_ends(packet))) in draft.ends:
-        return False  # a reply, under whichever of its addresses
     if draft.last.point == frame.point:
         # In and out by the same door: routed, or it is not the same packet.
         return frame.outgoing and packet.layout.hop_limit < last.layout.hop_limit
@@ -197,12 +231,13 @@ def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
     kept = []
     wholes: defaultdict[object, list[_Draft]] = defaultdict(list)
     for draft in drafts:
-        key = _cutting_key(draft.first)
-        whole = next((whole for whole in wholes[key] if _is_piece_of(draft.first, whole.first)), None)
+        here, before = _cutting_keys(draft.first)
+        near = chain(wholes[before], wholes[here]) if here is not None else ()
+        whole = next((whole for whole in near if _is_piece_of(draft.first, whole.first)), None)
         if whole is None:
             kept.append(draft)
-            if key is not None:
-                wholes[key].append(draft)
+            if here is not None:
+                wholes[here].append(draft)
         else:
             for frames in draft.hops.values():
                 for frame in frames:
@@ -210,12 +245,17 @@ def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
     return kept
 
 
-def _cutting_key(frame: Frame) -> object:
-    """What all pieces of a segment have in common; None for what is no TCP data."""
+def _cutting_keys(frame: Frame) -> tuple[object, object]:
+    """Where segments are that it may be a piece of: in its own stretch of numbers, or in that before.
+
+    None for what is no TCP data.
+    """
     packet = frame.ip
     if packet is None or packet.tcp is None or not packet.payload:
-        return None
-    return packet.layout.version, packet.tcp.ack, packet.tcp.options
+        return None, None
+    common = packet.layout.version, packet.tcp.ack, packet.tcp.options
+    stretch = packet.tcp.seq // _LONGEST_SEGMENT
+    return (*common, stretch), (*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT))
 
 
 def _is_piece_of(frame: Frame, whole: Frame) -> bool:
@@ -228,18 +268,26 @@ def _is_piece_of(frame: Frame, whole: Frame) -> bool:
 
 
 def _finished(draft: _Draft) -> Journey:
-    places = [tuple(frames) for frames in draft.hops.values()]
-    hops = [Hop(after[0].point, after, _changes(before, after)) for before, after in pairwise(places)]
-    return Journey((Hop(places[0][0].point, places[0]), *hops))
+    hops: list[Hop] = []
+    for frames in draft.hops.values():
+        hop = Hop(frames[0].point, tuple(frames))
+        if hops:
+            changes = dict.fromkeys(chain.from_iterable(changes_of(hops[-1], hop)))
+            hop = replace(hop, changes=tuple(changes))
+        hops.append(hop)
+    return Journey(tuple(hops))
 
 
-def _changes(before: tuple[Frame, ...], after: tuple[Frame, ...]) -> tuple[Change, ...]:
-    """What changed on the way, apart from having been cut."""
-    changes = changes_between(before[0], after[0])
-    if len(before) == len(after):
-        return changes
-    sizes = (sum(len(ip_of(frame).payload) for frame in frames) for frames in (before, after))
-    is_whole = len(set(sizes)) == 1
-    return tuple(
-        change for change in changes if change.field not in _CUTTING or (change.field == "payload" and not is_whole)
-    )
+def _in_order(frames: tuple[Frame, ...]) -> list[Frame]:
+    """Pieces as the segment had them, however they came."""
+    return list(frames) if len(frames) == 1 else sorted(frames, key=partial(_offset, frames[0]))
+
+
+def _offset(first: Frame, piece: Frame) -> int:
+    """How far a piece is behind another, or before (RFC 9293 section 3.4)."""
+    numbers = [tcp.seq for frame in (first, piece) if (tcp := ip_of(frame).tcp) is not None]
+    return (numbers[-1] - numbers[0] + (1 << 31)) % (1 << 32)
+
+
+def _sizes(frames: list[Frame]) -> list[int]:
+    return [len(ip_of(frame).payload) for frame in frames]

@@ -372,7 +372,7 @@ def ends(name: str) -> Iterator[None]:
     """Whatever was kept is ended."""
     yield
     for record in registry.records():
-        if record.name.startswith(name):
+        if record.name == name or record.name.startswith(f"{name}-"):
             registry.down(record)
 
 
