@@ -42,7 +42,10 @@ class ArtefactFolder:
         for number in count(1):
             path = parent / (f"{stem}-{number}" if number > 1 else stem)
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another run has just been done with it
+                continue
             if _is_locked_now(descriptor, path):
                 break
             os.close(descriptor)

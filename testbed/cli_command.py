@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from testbed.errors import TestbedError
 from testbed.journal import LAB, command_line
-from testbed.owner import environment
+from testbed.owner import environment, unmarked
 from testbed.registry import Record
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def run_in(
     with lab.journal.during(node or LAB, command_line(command)) as entry:
         try:
             with lab[node].namespace.entered() if node is not None else contextlib.nullcontext():
-                running = _start(command, environment(), is_captured=is_captured)
+                env = environment() if node is not None else unmarked()
+                running = _start(command, env, is_captured=is_captured)
         except (OSError, ValueError) as error:
             raise _cannot_run(node, command, error) from error
         done = _finished(running, command)

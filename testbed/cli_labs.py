@@ -6,7 +6,9 @@ Owns: arguments, what is printed, exit codes. What a lab is and does is lab.py's
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import signal
 import sys
@@ -41,7 +43,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     """Build a lab and leave it running."""
     topology = topology_of(file)
     sweep()
-    logs = _directory(topology, directory)
+    logs, _ = _directory(topology, directory)
     try:
         with progress(f"building {topology.name}"):
             record = keeping.up(topology, logs.absolute())
@@ -101,7 +103,7 @@ def run(
         raise click.BadParameter(f"the lab has no node {node!r}", param_hint="--in")
     if report is not None and not report.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {report.absolute().parent}", param_hint="--report")
-    logs = _directory(topology, directory)
+    logs, held = _directory(topology, directory)
     click.echo(f"logs and captures: {logs}", err=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the lab is taken down
     with contextlib.ExitStack() as stack:
@@ -119,7 +121,7 @@ def run(
             write_report(lab, report)
             click.echo(f"report: {report}", err=True)
         if keep and status:
-            record = hand_over(lab)
+            record = hand_over(lab, (held,))
             stack.pop_all()
             click.echo(f"the lab lives on: testbed shell --lab {record.name} {'|'.join(record.nodes)}", err=True)
             click.echo(f"to end it: testbed down {record.name}", err=True)
@@ -132,12 +134,19 @@ def _tell_impairments(topology: Topology) -> None:
         click.echo(line, err=True)
 
 
-def _directory(topology: Topology, directory: Path | None) -> Path:
-    """The folder for logs and captures, made if it is not there."""
+def _directory(topology: Topology, directory: Path | None) -> tuple[Path, int]:
+    """The folder for logs and captures, made if it is not there, and the descriptor that holds it for this lab alone.
+
+    That closes when we, and the lab's keeper if there is one, are gone.
+    """
     if directory is None:
-        return Path(tempfile.mkdtemp(prefix=f"testbed-{topology.name}-"))
+        directory = Path(tempfile.mkdtemp(prefix=f"testbed-{topology.name}-"))
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise click.BadParameter(f"{directory} is in use by another lab", param_hint="--directory") from error
     except OSError as error:
         raise click.BadParameter(f"{directory}: {error.strerror}", param_hint="--directory") from error
-    return directory
+    return directory, held

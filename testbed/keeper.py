@@ -19,7 +19,7 @@ from pathlib import Path
 from testbed.impair import WIRE
 from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
-from testbed.owner import KEEPS, owner_mark
+from testbed.owner import KEEPS, owner_mark, unmarked
 from testbed.registry import LOG, Record, find, record_of, redirect
 from testbed.warden_handle import WardenHandle
 
@@ -40,7 +40,7 @@ def hand_over(lab: Lab, held: Sequence[int] = ()) -> Record:
             stdout=subprocess.PIPE,
             stderr=log,  # not ours: whoever reads that waits for its end
             text=True,
-            env={**os.environ, KEEPS: owner_mark()},
+            env={**unmarked(), KEEPS: owner_mark()},
             pass_fds=[*(namespace.fileno() for namespace in namespaces.values()), *held],
             start_new_session=True,
         )
@@ -86,9 +86,11 @@ def main() -> None:
         redirect(Path(directory, LOG))
         while True:
             signal.pause()
-    warden.finish()
-    if record is not None:
-        record.remove()
+    try:
+        warden.finish()
+    finally:
+        if record is not None:
+            record.remove()
 
 
 def leave(number: int, frame: object) -> None:

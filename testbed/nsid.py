@@ -46,7 +46,9 @@ class Watch:
     def remaining(self, within: float) -> list[str]:
         """The names of those that are still there when all others have gone, or after `within` seconds."""
         deadline = time.monotonic() + within
-        while self._alive and select.select([self._news], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        news = select.poll()  # select() takes no descriptor above 1023
+        news.register(self._news, select.POLLIN)
+        while self._alive and news.poll(max(0.0, deadline - time.monotonic()) * 1000):
             for ended in self._ended():
                 self._alive.pop(ended, None)
         return list(self._alive.values())
@@ -58,6 +60,10 @@ class Watch:
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
+        # Until all that waits has been read, the kernel drops what comes, and does not say so again.
+        with contextlib.suppress(BlockingIOError):
+            while self._news.recv(1 << 16, socket.MSG_DONTWAIT):
+                pass
         numbers = list(self._alive)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asking:
             refused = rtnetlink.send(asking, [rtnetlink.ask_namespace(number) for number in numbers])

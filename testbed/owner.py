@@ -29,17 +29,17 @@ MARK: Final = "TESTBED_OWNER"
 KEEPS: Final = "TESTBED_KEEPS"  # in the environment of a keeper (keeper.py): the owner from which it took a lab over
 KEPT: Final = "kept"  # a file in a temporary folder that is to stay (warden.py looks for it, too)
 
-_Owner = tuple[str, str, str]  # pid namespace, pid, start time
+_Owner = tuple[int, int, str]  # pid namespace, pid, start time
 
 
 def owner_mark(pid: int | None = None) -> str:
     """A process, or this one, as an owner: its pid, which pids those are, and its start time, since pids come back."""
     pid = os.getpid() if pid is None else pid
-    return f"{_pid_namespace()}:{pid}:{start_time(pid)}"
+    return f"{pid_namespace()}:{pid}:{start_time(pid)}"
 
 
-def _pid_namespace() -> int:
-    """Processes of containers are seen from outside, with other pids."""
+def pid_namespace() -> int:
+    """Which pids are meant here: processes of containers are seen from outside, with others."""
     return Path("/proc/self/ns/pid").stat().st_ino
 
 
@@ -53,15 +53,26 @@ def environment(owner: int | None = None) -> dict[str, str]:
 
     `owner`: the process that keeps the lab, where that is not this one.
     """
+    return {**unmarked(), MARK: owner_mark(owner)}
+
+
+def unmarked() -> dict[str, str]:
+    """The same for what is not the lab's, and is to outlive it: no mark, not even that of a lab that we are part of."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, "PATH": path, MARK: owner_mark(owner)}
+    return {**{name: value for name, value in os.environ.items() if name != MARK}, "PATH": path}
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in ticks since boot (proc(5), field 22); None when it is gone, be it not yet reaped."""
+    """When a process started, in ticks since boot (proc(5), field 22); None when it is gone, be it not yet reaped.
+
+    OSError when that cannot be seen: it may be hidden (hidepid), or there is no descriptor left to look with.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            raise
         return None
     return None if fields[0] in "ZX" else fields[19]
 
@@ -76,7 +87,9 @@ def sweep() -> list[int]:
     """Kill the processes of labs whose owner is gone, and remove their temporary folders; the pids."""
     killed = []
     owners = _owners(MARK)
-    orphans = {pid: owner for pid, owner in (owners | _owners_by_namespace(owners)).items() if _is_gone(*owner)}
+    found = owners | _owners_by_namespace(owners)
+    # Not ourselves, whatever started us long ago.
+    orphans = {pid: owner for pid, owner in found.items() if pid != os.getpid() and is_gone(*owner)}
     kept = set(_owners(KEEPS).values()) if orphans else set()
     for pid, owner in orphans.items():
         if owner not in kept:
@@ -85,7 +98,7 @@ def sweep() -> list[int]:
                 killed.append(pid)
     for folder in Path(tempfile.gettempdir()).glob("testbed-*"):
         named = re.fullmatch(r"testbed-.+-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}", folder.name)
-        if named is not None and _is_gone(*named.groups()) and not (folder / KEPT).exists():
+        if named is not None and is_gone(*_owner(named)) and not (folder / KEPT).exists():
             shutil.rmtree(folder, ignore_errors=True)
     return killed
 
@@ -133,9 +146,16 @@ def _owner_of_namespace(pid: int, number: int) -> _Owner | None:
 def _read_mark(variable: str, text: str) -> _Owner | None:
     """The owner that a mark tells, among others that NUL bytes part."""
     match = re.search(rf"(?:^|\0){variable}=(\d+):(\d+):(\d+)(?:\0|$)", text)
-    return None if match is None else (match[1], match[2], match[3])
+    return None if match is None else _owner(match)
 
 
-def _is_gone(pid_namespace: str, pid: str, started: str) -> bool:
-    """Whether an owner is no more; of one in another container that cannot be known."""
-    return int(pid_namespace) == _pid_namespace() and start_time(int(pid)) != started
+def _owner(match: re.Match[str]) -> _Owner:
+    return int(match[1]), int(match[2]), match[3]
+
+
+def is_gone(namespace: int, pid: int, started: str) -> bool:
+    """Whether a process is no more; of one in another container, or that is hidden, that cannot be known."""
+    try:
+        return namespace == pid_namespace() and start_time(pid) != started
+    except OSError:
+        return False

@@ -281,8 +281,9 @@ def _last_touches(node: Node, plugs: Sequence[_Plug]) -> list[Operation]:
     _, late = _settings(node, plugs)
     rules = (
         (("nft", "-f", "-"), node.nft),
-        (("iptables-restore",), node.iptables),
-        (("ip6tables-restore",), node.ip6tables),
+        # There is one lock for all namespaces of the machine, for which iptables-legacy does not wait by itself.
+        (("iptables-restore", "-w"), node.iptables),
+        (("ip6tables-restore", "-w"), node.ip6tables),
     )
     return [
         *([Configure(node.name, late)] if late else []),

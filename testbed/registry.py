@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from testbed.errors import TestbedError
 from testbed.netns import Namespace
-from testbed.owner import start_time
+from testbed.owner import is_gone, pid_namespace, start_time
 
 if TYPE_CHECKING:
     from testbed.topology import Impairment
@@ -49,9 +49,9 @@ class Record:
     nodes: dict[str, int]
 
     @property
-    def is_alive(self) -> bool:
-        """Does its keeper still run? Pids come back, start times do not."""
-        return start_time(self.pid) == self.started
+    def is_gone(self) -> bool:
+        """Has its keeper ended? Pids come back, start times do not."""
+        return is_gone(pid_namespace(), self.pid, self.started)
 
     def write(self) -> None:
         """Let others find the lab."""
@@ -72,9 +72,9 @@ class Record:
 
 
 def directory() -> Path:
-    """Where the records are: of this user only."""
+    """Where the records are: of this user, and of keepers whose pids mean here what they mean to themselves, only."""
     parent = Path("/run") if os.geteuid() == 0 and os.access("/run", os.W_OK) else Path("/tmp")
-    path = parent / f"testbed-{os.geteuid()}"
+    path = parent / f"testbed-{os.geteuid()}-{pid_namespace()}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid != os.geteuid():
         raise RegistryError(f"{path} belongs to somebody else")
@@ -85,12 +85,17 @@ def records() -> list[Record]:
     """The labs that run; records of those that do not are removed."""
     found = []
     for path in sorted(directory().glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        try:
             record = Record(**json.loads(path.read_text()))
-            if record.is_alive:
-                found.append(record)
-                continue
-        forget(path.stem)
+        except OSError:  # it has just been removed, or cannot be read now
+            continue
+        except (ValueError, TypeError):
+            forget(path.stem)
+            continue
+        if record.is_gone:
+            forget(path.stem)
+        else:
+            found.append(record)
     return found
 
 
@@ -114,9 +119,14 @@ def record_of(name: str, logs: Path, namespaces: Mapping[str, Namespace]) -> Rec
         taken = {record.name for record in records()}
         free = next(each for number in count(1) if (each := f"{name}-{number}" if number > 1 else name) not in taken)
         nodes = {node: namespace.fileno() for node, namespace in namespaces.items()}
-        record = Record(free, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
+        record = own_record(free, logs, nodes)
         record.write()
         return record
+
+
+def own_record(name: str, logs: Path, nodes: dict[str, int]) -> Record:
+    """What this process, which keeps a lab, has to record of it."""
+    return Record(name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
 
 
 def down(record: Record) -> None:
@@ -124,8 +134,7 @@ def down(record: Record) -> None:
     log = Path(record.directory, LOG)
     said = log.stat().st_size if log.exists() else 0
     os.kill(record.pid, signal.SIGTERM)
-    _wait_gone(record)
-    record.remove()
+    _wait_gone(record)  # it removes its record itself: the name may be another lab's by now
     if log.exists() and (complaints := log.read_text(errors="replace")[said:].strip()):
         raise RegistryError(f"{record.name} is down, but\n{complaints}")
 

@@ -7,6 +7,7 @@ about 0.5 ms each (its calls run through an event loop); a lab of ten nodes take
 
 from __future__ import annotations
 
+import secrets
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST = 254, 4, 0, 1
 _LOOPBACK: Final = 1
 _NETNSA_NSID, _NETNSA_FD = 1, 3  # linux/net_namespace.h
 _RTGENMSG: Final = struct.pack("=Bxxx", socket.AF_UNSPEC)
-_ANY_ID: Final = struct.pack("=i", -1)
+_MOST_ID: Final = (1 << 31) - 1
 
 _BATCH: Final = 128  # messages a send: their acknowledgements fit into the socket's buffer
 
@@ -108,8 +109,12 @@ def route(version: int, prefix: bytes, length: int, gateway: bytes) -> Request:
 
 
 def name_namespace(descriptor: int) -> Request:
-    """Give the namespace behind a descriptor an id in this one; EEXIST when it has one."""
-    body = attribute(_NETNSA_NSID, _ANY_ID) + attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    """Give the namespace behind a descriptor an id in this one; EEXIST when it has one.
+
+    The kernel would give the lowest that is free, which is soon another's when this namespace is gone.
+    """
+    number = struct.pack("=i", secrets.randbelow(_MOST_ID))
+    body = attribute(_NETNSA_NSID, number) + attribute(_NETNSA_FD, struct.pack("=I", descriptor))
     return Request(_RTM_NEWNSID, 0, _RTGENMSG + body)
 
 

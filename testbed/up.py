@@ -7,6 +7,7 @@ is kept by keeper.py.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from typing import Any, Final
 from testbed.errors import TestbedError, in_words
 from testbed.keeper import Down, leave
 from testbed.lab import Lab
-from testbed.owner import start_time
 from testbed.registry import (
     ANSWER_PATIENCE,
     DONE,
@@ -31,6 +31,7 @@ from testbed.registry import (
     find,
     forget,
     lock,
+    own_record,
     records,
     redirect,
     socket_of,
@@ -76,12 +77,11 @@ def _keep(topology: Topology, logs: Path, telling: int, held: int) -> None:
         redirect(logs / LOG)
         with contextlib.suppress(Down), Lab(topology, logs, record=True) as lab, _listening(topology.name) as listener:
             nodes = {node.name: lab[node.name].namespace.fileno() for node in topology.nodes}
-            record = Record(topology.name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
-            record.write()
+            own_record(topology.name, logs, nodes).write()
             os.write(telling, _READY.encode())
             os.close(telling)
             telling = -1
-            os.close(held)
+            fcntl.flock(held, fcntl.LOCK_UN)  # closing is not enough: the command has it open, too, and may be stopped
             with contextlib.suppress(Down):
                 while True:
                     _answer(listener, lab)

@@ -43,9 +43,11 @@ class Warden:
         """Take words and namespaces until the lab closes its end or is gone."""
         words = b""
         told = socket.socket(fileno=0)
+        news = select.poll()  # select() takes no descriptor above 1023
+        for descriptor in (0, self.ended):
+            news.register(descriptor, select.POLLIN)
         while True:
-            readable, _, _ = select.select([0, self.ended], [], [])
-            if 0 in readable:
+            if 0 in dict(news.poll()):
                 read, descriptors, _, _ = socket.recv_fds(told, 1 << 16, _MOST_DESCRIPTORS)
                 for descriptor in descriptors:
                     self.hold(descriptor)
@@ -85,21 +87,31 @@ class Warden:
 
     def kill_all(self, deadline: float) -> bool:
         """Kill what is there now and wait for its end; false when nothing was."""
-        descriptors = []
+        dying = []
         for pid in [entry.name for entry in os.scandir(self.proc) if entry.name.isdigit()]:
-            if int(pid) in (self.lab, os.getpid()) or not self.is_inside(pid):
-                continue
-            with contextlib.suppress(OSError):
-                descriptor = os.pidfd_open(int(pid))
-                descriptors.append(descriptor)
-                name = self.name(pid)
-                if self.is_inside(pid):  # still the same process, not another with its number
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                    self.killed[int(pid)] = name
-        for descriptor in descriptors:
-            select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if int(pid) not in (self.lab, os.getpid()) and self.is_inside(pid):
+                with contextlib.suppress(OSError):
+                    dying += self.kill(pid)
+        for descriptor in dying:
+            end = select.poll()
+            end.register(descriptor, select.POLLIN)
+            end.poll(max(0.0, deadline - time.monotonic()) * 1000)
             os.close(descriptor)
-        return bool(descriptors)
+        return bool(dying)
+
+    def kill(self, pid: str) -> list[int]:
+        """Kill a process, and give its pidfd, if it is still the one that is inside and not another with its number."""
+        descriptor = os.pidfd_open(int(pid))
+        try:
+            name = self.name(pid)
+            if self.is_inside(pid):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                self.killed[int(pid)] = name
+                return [descriptor]
+        except OSError:  # it has ended
+            pass
+        os.close(descriptor)
+        return []
 
     def is_inside(self, pid: str) -> bool:
         """Whether a process is in a namespace of the lab; a zombie is in none."""

@@ -5,6 +5,7 @@ The warden runs from before the first namespace is made until after the last is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,13 +13,15 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from testbed.errors import TestbedError
 from testbed.netns import Namespace
+from testbed.owner import unmarked
 
 _SCRIPT: Final = Path(__file__).with_name("warden.py")
 _PATIENCE: Final = 10.0  # seconds for the warden to end; it gives what it kills five
 
 
-class WardenError(Exception):
+class WardenError(TestbedError):
     """The warden did not do its work."""
 
 
@@ -34,6 +37,7 @@ class WardenHandle:
                 [sys.executable, "-I", "-S", str(_SCRIPT), str(os.getpid()), str(own)],
                 stdin=listening.fileno(),
                 stdout=subprocess.PIPE,
+                env=unmarked(),
                 pass_fds=(own,),
                 start_new_session=True,
             )
@@ -55,6 +59,8 @@ class WardenHandle:
 
     def finish(self) -> list[str]:
         """Let it clean up now; what it had to kill, by name and pid. WardenError when it does not end."""
+        with contextlib.suppress(OSError):  # it is gone, which is told below
+            self._telling.shutdown(socket.SHUT_WR)  # closing is not enough: a fork of ours may have it open, too
         self._telling.close()
         try:
             output, _ = self._process.communicate(timeout=_PATIENCE)
@@ -62,6 +68,8 @@ class WardenHandle:
             self._process.kill()
             self._process.communicate()
             raise WardenError("processes of the lab could not be ended") from error
+        if self._process.returncode:
+            raise WardenError(f"the lab's warden ended with {self._process.returncode}: processes may be left")
         return output.decode(errors="replace").splitlines()
 
     def _tell(self, line: str, *descriptors: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed.lab import Lab
+from testbed.lab import Lab, LabError
 from testbed.netns import Namespace
 from testbed.nsid import Watch
-from testbed.owner import MARK, start_time, sweep
+from testbed.owner import MARK, is_gone, owner_mark, start_time, sweep
 from testbed.topology import Node, Topology
 from testbed.warden_handle import WardenHandle
 
@@ -137,6 +138,28 @@ def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> N
         assert watch.remaining(PATIENCE) == []
 
 
+def test_news_that_find_no_room_while_older_ones_are_read_are_not_missed() -> None:
+    """Until all that waits has been read, the kernel drops what comes, and does not say so a second time."""
+    ours, *others = [Namespace.new() for _ in range(20)]
+    with Watch({"ours": ours}) as watch, Watch({str(number): other for number, other in enumerate(others)}) as beside:
+        watch._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it two messages or three
+        for other in others:
+            other.close()
+        assert beside.remaining(PATIENCE) == []
+        with Watch({"ours": ours}) as sees:
+            ended, looks = watch._ended, iter(range(100))
+
+            def look() -> list[int]:
+                found = ended()
+                if next(looks) == 0:  # the kernel has said once that there was no room
+                    ours.close()
+                    assert sees.remaining(PATIENCE) == []
+                return found
+
+            watch._ended = look  # type: ignore[method-assign]
+            assert watch.remaining(2) == []
+
+
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
     owner.wait_until_up()
     assert len(owner.processes()) >= 3
@@ -215,6 +238,88 @@ def test_who_sweeps_is_not_seen_inside_a_lab(tmp_path: Path, monkeypatch: pytest
     sleeper.wait()
     assert entries
     assert not any(entries)
+
+
+SLEEPER = "setsid sleep 60 >/dev/null 2>&1 &"  # a daemon that no service stops
+
+
+def test_a_fork_of_the_lab_s_process_does_not_keep_the_warden_from_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("testbed.lab._DELETE_PATIENCE", 0.1)  # the fork has the namespaces open, too
+    lab = Lab(Topology("forked", (Node("a"),)), tmp_path, capture=False)
+    child = 0
+    try:
+        with lab:
+            lab["a"].run(["sh", "-c", SLEEPER])
+            child = os.fork()
+            if not child:
+                time.sleep(60)
+                os._exit(0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert any("sleep (pid " in left for left in lab.left_over)
+
+
+def test_a_warden_that_was_killed_is_told(tmp_path: Path) -> None:
+    lab = Lab(Topology("unguarded", (Node("a"),)), tmp_path, capture=False)
+    lab.__enter__()
+    assert lab._warden is not None
+    os.kill(lab._warden._process.pid, signal.SIGKILL)
+    with pytest.raises(LabError, match=r"the warden: WardenError: the lab's warden ended with -9"):
+        lab.__exit__(None, None, None)
+
+
+def test_a_process_with_many_descriptors_has_labs_that_leave_nothing(tmp_path: Path) -> None:
+    """select() knows no descriptor above 1023."""
+    script = f"""
+import os, resource
+from pathlib import Path
+from testbed.lab import Lab
+from testbed.topology import Node, Topology
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most))
+held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+with Lab(Topology("many", (Node("a"),)), Path({str(tmp_path)!r}), capture=False) as lab:
+    lab["a"].run(["sh", "-c", {SLEEPER!r}])
+print(lab.left_over)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "sleep (pid " in done.stdout, done.stderr
+
+
+def test_who_sweeps_does_not_kill_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been started, long ago, by a lab that is gone."""
+    pid_namespace, _, _ = owner_mark().split(":")
+    script = "from testbed import owner; owner.MARK = 'TESTBED_ITSELF'; owner.sweep(); print('swept')"
+    environment = {**os.environ, "TESTBED_ITSELF": f"{pid_namespace}:{2**22}:1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "swept\n"
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EACCES], ids=errno.errorcode.get)
+def test_an_owner_that_cannot_be_looked_at_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    pid_namespace, pid, started = owner_mark().split(":")
+    assert not is_gone(int(pid_namespace), int(pid), started)
+    assert is_gone(int(pid_namespace), int(pid), "0")
+
+    def fails(path: Path, *_: object, **__: object) -> str:
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert not is_gone(int(pid_namespace), int(pid), "0")
+
+
+def test_an_owner_that_is_hidden_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As others' processes are by the mount option hidepid of /proc."""
+    pid_namespace, pid, started = owner_mark().split(":")
+
+    def fails(path: Path, *_: object, **__: object) -> str:
+        raise FileNotFoundError(errno.ENOENT, "", str(path))
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert not is_gone(int(pid_namespace), int(pid), started)
 
 
 def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -566,3 +567,45 @@ def test_steps_are_coloured_on_a_terminal_where_it_is_wanted(
         os.close(there)
     assert b"run in a: true" in told
     assert (b"\x1b[" in told) == is_coloured
+
+
+def test_a_command_outside_of_the_lab_is_not_the_lab_s(file: Path, tmp_path: Path) -> None:
+    """Else what it starts, another lab perhaps, would be killed when this one is gone."""
+    done = run_testbed("run", file, "--directory", tmp_path / "logs", "--", "sh", "-c", 'echo "[$TESTBED_OWNER]"')
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_two_labs_do_not_write_into_one_folder(lab: str, file: Path, tmp_path: Path) -> None:
+    record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
+    before = sorted(Path(record["directory"]).iterdir())
+    done = run_testbed("run", file, "--directory", record["directory"], "--", "true")
+    assert done.returncode == 2
+    assert "in use by another lab" in done.stderr
+    assert sorted(Path(record["directory"]).iterdir()) == before
+    run_testbed("down", lab)
+    assert run_testbed("run", file, "--directory", record["directory"], "--", "true").returncode == 0
+
+
+def test_a_lab_of_another_pid_namespace_is_left_alone(lab: str) -> None:
+    there = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "testbed.cli", "ls"]
+    done = subprocess.run(there, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert lab not in done.stdout, done.stderr
+    assert lab in run_testbed("ls").stdout
+
+
+def test_down_leaves_another_lab_alone_that_has_just_taken_the_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "60"]) as keeper:
+        first = registry.Record(name, keeper.pid, start_time(keeper.pid) or "", str(tmp_path), {})
+        second = dataclasses.replace(first, pid=os.getpid(), started=start_time(os.getpid()) or "")
+
+        def taken(_: registry.Record) -> None:
+            second.write()
+
+        monkeypatch.setattr(registry, "_wait_gone", taken)
+        registry.down(first)
+    try:
+        assert second in registry.records()
+    finally:
+        second.remove()

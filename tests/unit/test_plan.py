@@ -202,7 +202,11 @@ def test_commands_are_run_in_a_node_that_is_ready_before_its_rules() -> None:
 
 @pytest.mark.parametrize(
     ("key", "command"),
-    {"nft": ("nft", "-f", "-"), "iptables": ("iptables-restore",), "ip6tables": ("ip6tables-restore",)}.items(),
+    [
+        ("nft", ("nft", "-f", "-")),
+        ("iptables", ("iptables-restore", "-w")),
+        ("ip6tables", ("ip6tables-restore", "-w")),
+    ],
 )
 def test_the_users_rules_are_loaded_last(key: str, command: tuple[str, ...]) -> None:
     made = operations(PAIR.format(a=f"{{{key}: rules}}", b="{}"))
