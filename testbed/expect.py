@@ -235,15 +235,14 @@ class Expectations(ABC):
         return failure.of_absence(at, matcher, [], before=found)
 
     def _pairs(self, matcher: Matcher, at: tuple[str, str], begin: int) -> list[_Pair]:
-        """The frames that match at the first point, each with the same packet at the second."""
+        """The packets that match at the first point, as they were when they first did, each again at the second."""
         first, second = at
-        journeys = trace(self._source.frames(since=begin), self._source.longest_hop)
-        return [
-            _Pair(matching[0], hop, journey, second)
-            for journey in journeys
-            for hop in journey.hops
-            if hop.point == first and (matching := [frame for frame in hop.frames if matcher.matches(frame)])
-        ]
+        pairs = []
+        for journey in trace(self._source.frames(since=begin), self._source.longest_hop):
+            seen = ((hop, frame) for hop in journey.hops if hop.point == first for frame in hop.frames)
+            if (matching := next((each for each in seen if matcher.matches(each[1])), None)) is not None:
+                pairs.append(_Pair(*matching, journey, second))
+        return pairs
 
     def _note(self, frames: Iterable[Frame], expected: str) -> None:
         for frame in frames:
@@ -283,10 +282,10 @@ class _Scan:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A frame at one point, that hop of its journey, and the point at which the packet is wanted again."""
+    """A hop of a packet's journey, the frame there that matched, and the point at which the packet is wanted again."""
 
-    before: Frame
     hop: Hop
+    before: Frame
     journey: Journey
     second: str
 

@@ -160,6 +160,16 @@ def test_any_piece_may_be_the_one_that_matches() -> None:
     assert len(watch.expect_same({"tcp.seq": 2001}, at=(GATEWAY_OUT, SERVER), within=0)) == 1
 
 
+def test_a_packet_that_comes_by_twice_is_taken_as_it_was_when_it_first_matched() -> None:
+    scene = Scene()
+    sent, translated = ip(1, 2, SENT) / TCP(dport=80), ip(3, 2, ROUTED) / TCP(dport=80)
+    scene.go((CLIENT, sent), (GATEWAY_IN, sent), (GATEWAY_IN, translated), (SERVER, translated))
+    watch = Watch(Past(scene.frames))
+    for match, changed, before in (({"tcp.dport": 80}, {"ip.src"}, 2), ({"ip.src": "10.0.0.3"}, set(), 3)):
+        pairs = watch.expect_same(match, at=(GATEWAY_IN, SERVER), changed=changed, within=0)
+        assert [(first.number, second.number) for first, second in pairs] == [(before, 4)]
+
+
 def test_a_point_is_not_compared_with_itself() -> None:
     with pytest.raises(ValueError, match="two points"):
         Watch(Past(routed().frames)).expect_same(at=(CLIENT, CLIENT))
