@@ -46,18 +46,37 @@ def send(namespace: Namespace, packet: Packet, interface: str | None = None) -> 
 def sr1(namespace: Namespace, packet: Packet, timeout: float, interface: str | None = None) -> Packet | None:
     """Send a packet, and return the first that answers it within `timeout` seconds, from its IP header on; else None.
 
-    What is an answer, Scapy says (`Packet.answers`): the right addresses and ports the other way round, the echo's
-    identifier, or an ICMP error about it. `interface` and CraftError as for `send`.
+    What is an answer, Scapy says (`Packet.answers`, and see is_answer): the right addresses and ports the other way
+    round, the echo's identifier, or an ICMP error about it. `interface` and CraftError as for `send`.
     """
     way = _Way(namespace, interface)
     whole, family, destination = _completed(way, packet)
-    sent = type(whole)(bytes(whole))
+    data = bytes(whole)  # once: a field that is left to chance has another value each time
+    sent = type(whole)(data)
     with _listening(namespace) as listener:
-        _send(way, bytes(whole), family, destination)
+        _send(way, data, family, destination)
         for answer in _received(listener, time.monotonic() + timeout):
-            if answer.answers(sent):
+            if is_answer(answer, sent):
                 return answer
     return None
+
+
+def is_answer(packet: Packet, sent: Packet) -> bool:
+    """Whether a packet answers another, as Scapy says, but for what it takes too lightly.
+
+    A packet that a node sent to itself is none. A datagram comes from the very port that was asked (Scapy wants only
+    the other one to be right), and may be empty.
+    """
+    from scapy.layers.inet import UDP
+
+    if (packet.src, packet.dst) == (sent.src, sent.dst) and bytes(packet.payload) == bytes(sent.payload):
+        return False
+    if isinstance(packet.payload, UDP) and isinstance(sent.payload, UDP):
+        if (packet.sport, packet.dport) != (sent.dport, sent.sport):
+            return False
+        if not packet.payload.payload and (packet.src, packet.dst) == (sent.dst, sent.src):
+            return True
+    return bool(packet.answers(sent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,4 +157,8 @@ def _received(listener: socket.socket, deadline: float) -> Iterator[Any]:
         except TimeoutError:
             return
         if kind != _PACKET_OUTGOING and protocol in layers:
-            yield layers[protocol](data)
+            try:
+                packet = layers[protocol](data)
+            except Exception:  # Scapy breaks on an IP header that is cut short, which anybody may send
+                continue
+            yield packet

@@ -68,6 +68,8 @@ def why_in_user_space(link: Link, kernel: Collection[str]) -> str | None:
     impairments = [end.impair for end in link.ends if end.impair is not None]
     if any(impairment.seed is not None for impairment in impairments):
         return "its seed asks for that"
+    if any(impairment.jitter > tc.MOST_JITTER for impairment in impairments):
+        return f"netem's jitter ends at {tc.MOST_JITTER:.1f} s"
     wanted = {"tc-redirect"}.union(*(disciplines(impairment) or KERNEL_MEANS for impairment in impairments))
     lacking = [name for name in KERNEL_MEANS if name in wanted.difference(kernel)]
     return f"this kernel has no {' and no '.join(lacking)}" if lacking else None
@@ -184,6 +186,8 @@ class KernelImpairments:
         """
         if impairment.seed is not None:
             raise ImpairError(f"the kernel impairs {label}, and takes no seed: `seed` in the topology has it staged")
+        if impairment.jitter > tc.MOST_JITTER:
+            raise ImpairError(f"the kernel impairs {label}, and its jitter ends at {tc.MOST_JITTER:.1f} s")
         if lacking := [name for name in disciplines(impairment) if name not in self._kernel]:
             what = " and no ".join(lacking)
             raise ImpairError(f"this kernel has no {what}: `impair: {{}}` in the topology has {label} staged")

@@ -42,6 +42,7 @@ from testbed.scenario import (
     Tool,
 )
 
+_NO_ANSWER: Final = 1  # what `fetch` ends with then (traffic.py)
 _LOOK_AGAIN: Final = 0.02  # seconds between two questions to an engine
 _TRY_AGAIN: Final = 0.1  # seconds between two attempts
 _TROUBLE: Final = (LabError, ServiceError, CaptureError, ExpectationError, OSError)
@@ -144,10 +145,11 @@ class _Runner:
     def _fetch(self, step: Fetch) -> None:
         command = [sys.executable, "-m", "testbed.traffic", "fetch", step.url, "--timeout", str(step.within)]
         result = self._lab[step.node].run(command, check=False, timeout=step.within + 10)
-        if result.returncode:
-            if step.status is not None:
-                raise StepError(f"no answer{_indented(result.stderr)}")
+        if result.returncode == _NO_ANSWER and step.status is None:
             return
+        if result.returncode:
+            what = "no answer" if result.returncode == _NO_ANSWER else f"`fetch` ended with {result.returncode}"
+            raise StepError(f"{what}{_indented(result.stderr)}")
         answer = json.loads(result.stdout)
         if step.status is None:
             raise StepError(f"answered, with status {answer['status']} and {answer['size']} bytes")

@@ -29,6 +29,7 @@ from testbed.rtnetlink import CREATE_REPLACE, Request, attribute, attributes, du
 from testbed.topology import Impairment
 
 _TCMSG: Final = struct.Struct("=BxxxiIII")  # family, interface, handle, parent, info
+MOST_JITTER: Final = 0x7FFFFFFF / 1e9  # seconds; netem takes more for that (net/sched/sch_netem.c, netem_change)
 _NETEM: Final = struct.Struct("=6I")  # struct tc_netem_qopt: latency, limit, loss, gap, duplicate, jitter
 _RATESPEC: Final = struct.Struct("=BBHhHI")  # cell_log, linklayer, overhead, cell_align, mpu, rate
 _TBF: Final = struct.Struct("=12s12xIII")  # struct tc_tbf_qopt: rate, peak rate, limit, buffer, mtu

@@ -69,7 +69,8 @@ Examples:
   python -m testbed.traffic udp-echo --port 7
   python -m testbed.traffic udp-ask fd00::2 --port 7 --count 3
 
-Exit codes: 0 done; 1 no answer, or not the right one, or it cannot work; 2 wrong usage.
+Exit codes: 0 done; 1 no answer, or not the right one, or it cannot work; 2 wrong usage;
+3 an answer, but not one that can be read (fetch).
 Servers run until they are ended."""
 
 
@@ -120,19 +121,39 @@ def http_server(port: int, size: int, notify_fd: int | None) -> None:
         server.serve_forever()
 
 
+class _UnreadableError(click.ClickException):
+    """There was an answer, but not one that can be read."""
+
+    exit_code = 3
+
+    def __init__(self, url: str, error: Exception) -> None:
+        super().__init__(f"{url}: an answer, but not one that can be read: {error or type(error).__name__}")
+
+
 @main.command()
 @click.argument("url")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the body there.")
 @click.option("--timeout", type=_SECONDS, default=15.0, show_default=True)
 def fetch(url: str, output: Path | None, timeout: float) -> None:
-    """Fetch a URL; print its status, size and SHA-256. Exit code 1: there was no answer, or not all of it."""
+    """Fetch a URL; print its status, size and SHA-256.
+
+    Exit code 1: there was no answer. 3: there was one, but not all of it, or it is not HTTP.
+    """
     started = time.monotonic()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with _answer(opener, url, timeout) as response:
-            body = response.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: of a URL that is none
+        response = _answer(opener, url, timeout)
+    except (ValueError, http.client.InvalidURL) as error:
+        raise click.UsageError(f"{url}: {error}") from error
+    except OSError as error:  # http.client.RemoteDisconnected is one, too
         raise click.ClickException(f"{url}: {error}") from error
+    except http.client.HTTPException as error:
+        raise _UnreadableError(url, error) from error
+    try:
+        with response:
+            body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise _UnreadableError(url, error) from error
     if output is not None:
         output.write_bytes(body)
     digest = hashlib.sha256(body).hexdigest()

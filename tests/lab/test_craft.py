@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
-from scapy.packet import Raw
+from scapy.packet import Packet, Raw
+from scapy.volatile import RandShort
 
+from testbed.craft import is_answer
 from testbed.lab import Lab, LabError
 from testbed.topology_file import loads
 
@@ -141,6 +145,46 @@ def test_what_answers_another_packet_is_no_answer(lab: Lab) -> None:
         assert lab["a"].sr1(IP(dst="10.0.1.2") / ICMP(id=2, seq=number)) is not None
     waiting.join()
     assert found == [None]
+
+
+def test_a_field_left_to_chance_has_one_value(lab: Lab) -> None:
+    for packet in (UDP(sport=RandShort(), dport=99), ICMP(id=RandShort())):
+        assert lab["a"].sr1(IP(dst="10.0.1.2") / packet) is not None
+
+
+def test_what_scapy_cannot_read_is_no_answer(lab: Lab) -> None:
+    found: list[object] = []
+    silent = IP(dst="10.0.1.77") / ICMP(id=1)
+    waiting = threading.Thread(target=lambda: found.append(lab["a"].sr1(silent, timeout=0.5)))
+    waiting.start()
+    with lab["r"].namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+        sender.bind(("eth0", 0))
+        for _ in range(20):
+            sender.send(b"\xff" * 6 + bytes.fromhex("020000000099") + b"\x08\x00" + bytes(5))
+            time.sleep(0.02)
+    waiting.join()
+    assert found == [None]
+
+
+QUERY = IP(src="10.0.0.1", dst="10.0.0.2") / UDP(sport=5000, dport=7)
+OWN = IP(src="10.0.0.1", dst="10.0.0.1") / UDP(sport=53, dport=53) / b"x"
+ANSWERS: dict[str, tuple[Packet, Packet, bool]] = {
+    "from the port": (IP(src="10.0.0.2", dst="10.0.0.1") / UDP(sport=7, dport=5000) / b"y", QUERY / b"x", True),
+    "from another port": (IP(src="10.0.0.2", dst="10.0.0.1") / UDP(sport=3128, dport=5000) / b"y", QUERY / b"x", False),
+    "an empty one": (IP(src="10.0.0.2", dst="10.0.0.1") / UDP(sport=7, dport=5000), QUERY / b"x", True),
+    "an empty one from elsewhere": (IP(src="10.0.0.9", dst="10.0.0.1") / UDP(sport=7, dport=5000), QUERY / b"x", False),
+    "its own": (OWN, OWN, False),
+    "the same from the other side": (
+        IP(src="10.0.0.2", dst="10.0.0.1") / UDP(sport=53, dport=53) / b"x",
+        IP(src="10.0.0.1", dst="10.0.0.2") / UDP(sport=53, dport=53) / b"x",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("packet", "sent", "expected"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_what_answers_a_datagram(packet: Packet, sent: Packet, expected: bool) -> None:
+    assert is_answer(IP(bytes(packet)), IP(bytes(sent))) is expected
 
 
 def test_while_a_thread_sends_from_a_node_the_others_stay_where_they_are(lab: Lab) -> None:

@@ -245,6 +245,23 @@ def test_what_finds_no_room_in_front_of_a_rate_is_lost_and_counted(seed: str, tm
     assert 0 <= counts.overflowed - (360 - arrived) <= counts.seen - 360 < 6  # the kernel's own frames count, too
 
 
+def test_what_finds_no_room_in_front_of_a_stage_that_is_too_slow_is_counted(tmp_path: Path) -> None:
+    with running(ONE_WAY % "{seed: 1}", tmp_path) as lab:
+        stage = stage_of(tmp_path)
+        os.kill(stage, signal.SIGSTOP)
+        try:
+            send(lab, "a", 8000, size=1500)
+        finally:
+            os.kill(stage, signal.SIGCONT)
+        send(lab, "a", 1, size=1500)
+        settled(lab)
+        counts = lab.impairments["a:eth0"]
+        arrived = sum(frame.data[12:14] == TYPE for frame in seen(lab, "b", outgoing=False))
+    assert arrived < 8001
+    assert counts.overflowed >= 8001 - arrived
+    assert counts.seen >= 8001
+
+
 @pytest.mark.parametrize(
     ("seed", "most"),
     [
@@ -423,6 +440,9 @@ def test_the_kernel_is_told_of_a_change_and_nothing_that_was_counted_is_forgotte
     [
         pytest.param("{}", "c:eth0", Impairment(), "is no end of an impaired link, only a:eth0, b:eth0", id="end"),
         pytest.param("{rate: 1mbit}", "a:eth0", Impairment(seed=1), "takes no seed", marks=NEEDS_TBF, id="seed"),
+        pytest.param(
+            "{rate: 1mbit}", "a:eth0", Impairment(delay=5, jitter=3), "ends at 2.1 s", marks=NEEDS_TBF, id="jitter"
+        ),
     ],
 )
 def test_a_change_that_cannot_be_is_refused(topology: str, label: str, wanted: Impairment, complaint: str) -> None:

@@ -72,6 +72,37 @@ def test_a_step_that_fails_is_the_last_and_says_why(tmp_path: Path, step: str, w
     assert "10.0.0.2:9" in (tmp_path / "report.html").read_text()
 
 
+ANSWERS_OF_ANOTHER_KIND = {
+    "half of an answer": "HTTP/1.1 200 OK\\r\\nContent-Length: 1000\\r\\n\\r\\nhalf",
+    "something else than HTTP": "220 mail\\r\\n",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS_OF_ANOTHER_KIND.values(), ids=ANSWERS_OF_ANOTHER_KIND.keys())
+def test_a_server_that_answers_in_some_way_does_not_fail_as_it_should(tmp_path: Path, answer: str) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import socket\nlistener = socket.create_server(('10.0.0.2', 80))\n"
+        "while True:\n    with listener.accept()[0] as one:\n        one.recv(4096)\n"
+        f"        one.sendall(b'{answer}')\n"
+    )
+    path = written(
+        tmp_path,
+        f'start: {{in: b, name: web, command: ["{{python}}", {script}], ready: {{port: 80}}}}',
+        'fetch: {in: a, url: "http://10.0.0.2:81/", fails: true}',
+        'fetch: {in: a, url: "http://10.0.0.2/", fails: true, within: 5s}',
+    )
+    result = run_testbed("run", path, "--directory", tmp_path / "logs")
+    assert [line.split()[:2] for line in result.stdout.splitlines()[:3]] == [["ok", "1"], ["ok", "2"], ["FAILED", "3"]]
+    assert "not one that can be read" in result.stdout
+
+
+def test_a_url_that_is_none_does_not_fail_as_it_should(tmp_path: Path) -> None:
+    path = written(tmp_path, 'fetch: {in: a, url: "http://[fd00::2/", fails: true}')
+    result = run_testbed("run", path, "--directory", tmp_path / "logs")
+    assert result.returncode == 1, result.stdout
+
+
 def test_a_step_is_tried_again_until_it_comes_out_as_it_should(tmp_path: Path) -> None:
     count = "echo x >> seen; test $(wc -l < seen)"
     in_time = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -ge 3'], retry: 10s}}"

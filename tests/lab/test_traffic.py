@@ -100,7 +100,7 @@ def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) 
 @pytest.mark.parametrize(
     ("node", "words", "status", "complaint"),
     [
-        pytest.param("client", "fetch page", 1, "page: unknown url type", id="no URL"),
+        pytest.param("client", "fetch page", 2, "page: unknown url type", id="no URL"),
         pytest.param("client", "fetch http://10.0.0.2/ --output /none/x", 1, "/none/x: No such file", id="no folder"),
         pytest.param("client", "fetch http://10.0.0.2/ --timeout -1", 2, "--timeout", id="no time"),
         pytest.param("client", "udp-ask 10.0.0.2 --port 7 --timeout 0", 2, "--timeout", id="no time for datagrams"),

@@ -292,6 +292,13 @@ FULL_KERNEL = frozenset(KERNEL_MEANS)
             "in user space: its seed asks for that",
             id="a seed",
         ),
+        pytest.param(
+            "{delay: 5s, jitter: 3s}",
+            FULL_KERNEL,
+            [f"{HALVES[0]}, user-space stage for what a:eth0 sends: delay=5 jitter=3", HALVES[1]],
+            "in user space: netem's jitter ends at 2.1 s",
+            id="more jitter than netem has",
+        ),
         pytest.param("{delay: 0s}", FULL_KERNEL, [*HALVES, *REDIRECTS], None, id="nothing to do"),
     ],
 )
