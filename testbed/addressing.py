@@ -29,7 +29,7 @@ def addressed(topology: Topology) -> Topology:
     free = _free_subnets(topology)
     for segment in topology.segments():
         subnets = {version: _subnet(segment, version) for version in FAMILIES}
-        if None in subnets.values() and any(end.auto for end in segment):
+        if any(subnets[version] is None for end in segment for version in end.auto):
             fresh = next(free)
             subnets = {version: subnets[version] or fresh[version] for version in FAMILIES}
         taken = {address.ip for end in segment for address in end.addresses}
@@ -51,9 +51,10 @@ def _with(end: End, chosen: dict[str, tuple[Address, ...]]) -> End:
 
 
 def _subnet(segment: list[End], version: int) -> Network | None:
-    """The first subnet of a family that a segment was given."""
+    """The first subnet of a family that a segment was given; one of several addresses, if there is such."""
     given = (address.network for end in segment for address in end.addresses if address.version == version)
-    return next((network for network in given if not network.is_link_local), None)
+    subnets = [network for network in given if version == 4 or not network.is_link_local]
+    return next((network for network in subnets if network.num_addresses > 1), next(iter(subnets), None))
 
 
 def _hosts(subnet: Network) -> Iterator[Address]:

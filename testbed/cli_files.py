@@ -92,7 +92,7 @@ def draw(file: Path, output: Path | None, *, as_json: bool) -> None:
     if output is None:
         click.echo(drawn, nl=False)
     else:
-        output.write_text(drawn)
+        output.write_text(drawn, encoding="utf-8")
 
 
 def _drawn(topology: Topology) -> dict[str, object]:

@@ -17,9 +17,9 @@ from typing import Any, Final
 import jsonschema
 import referencing
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
+from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import Node
+from ruamel.yaml.nodes import Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.tag import Tag
 
@@ -47,6 +47,30 @@ class _Constructor(RoundTripConstructor):
         except Exception as problem:
             what = f"{problem}" if isinstance(problem, ValueError) else f"no value of the kind {node.tag}"
             raise ConstructorError(None, None, what, node.start_mark) from problem
+
+
+class _Integer(int):
+    """A number that is text as it was written: `+5` and `007` of a command are not 5 and 7."""
+
+    written: str
+
+    @classmethod
+    def read(cls, constructor: _Constructor, node: ScalarNode) -> _Integer:
+        """Make one of what the document has."""
+        made = cls(SafeConstructor.construct_yaml_int(constructor, node))
+        made.written = node.value
+        return made
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec)
+
+
+# Plain values: those that keep how they are written are no `bool` where there is an anchor.
+_Constructor.add_constructor("tag:yaml.org,2002:bool", SafeConstructor.construct_yaml_bool)
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Integer.read)
 
 
 class Document:
@@ -132,6 +156,17 @@ def _tag(value: Any) -> str:
     return f"{tag.handle or ''}{tag.suffix}" if isinstance(tag, Tag) and tag.suffix else ""
 
 
+def _is_integer(_: object, value: object) -> bool:
+    """JSON Schema takes 2.0 for one; Python counts with none such."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator: Final[type[jsonschema.Draft202012Validator]] = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer),
+)
+
+
 @cache
 def _validator(schema: Path) -> jsonschema.Draft202012Validator:
     """For a schema, which may refer to those beside it by their file names."""
@@ -140,7 +175,7 @@ def _validator(schema: Path) -> jsonschema.Draft202012Validator:
         for path in schema.parent.glob("*.schema.json")
     }
     registry: referencing.Registry[Any] = referencing.Registry().with_resources(beside.items())
-    return jsonschema.Draft202012Validator(beside[schema.name].contents, registry=registry)
+    return _Validator(beside[schema.name].contents, registry=registry)
 
 
 def _schema_problems(document: Any, schema: Path) -> list[Problem]:

@@ -151,6 +151,8 @@ class LoadRules:
     text: str
 
 
+_LINK_LOCAL: Final = 0xFE80 << 112
+
 NetlinkOperation = MakeBridge | MakeLink | Redirect | Impair | JoinBridge | AddAddress | SetUp | AddRoute
 _Plug = tuple[End, bool]  # an end, and whether it may pass on frames that are several
 Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | RunCommand | LoadRules
@@ -215,8 +217,9 @@ def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
     for number, link in enumerate(topology.links):
         operations += _link(number, link, kernel)
     ways = routes(topology)
+    link_locals = _link_locals(topology)
     for node in topology.nodes:
-        operations += _configuration(node, plugs[node.name], ways.get(node.name, ()))
+        operations += _configuration(node, plugs[node.name], link_locals, ways.get(node.name, ()))
     # A bridge that joins nothing has no carrier, ever.
     operations += [WaitReady(node.name) for node in topology.nodes if node.kind is not Kind.BRIDGE or plugs[node.name]]
     for node in topology.nodes:
@@ -292,7 +295,9 @@ def _last_touches(node: Node, plugs: Sequence[_Plug]) -> list[Operation]:
     ]
 
 
-def _configuration(node: Node, plugs: Sequence[_Plug], ways: Sequence[tuple[Network, Gateway]]) -> list[Operation]:
+def _configuration(
+    node: Node, plugs: Sequence[_Plug], link_locals: Mapping[str, Address], ways: Sequence[tuple[Network, Gateway]]
+) -> list[Operation]:
     """What is done inside one node."""
     name = node.name
     ends = [end for end, _ in plugs]
@@ -301,17 +306,32 @@ def _configuration(node: Node, plugs: Sequence[_Plug], ways: Sequence[tuple[Netw
         operations += [JoinBridge(name, end.interface) for end in ends]
         operations.append(SetUp(name, BRIDGE))
     for end in ends:
-        operations += [AddAddress(name, end.interface, address) for address in (*end.addresses, *_link_local(end))]
+        own = [link_locals[end.label]] if end.label in link_locals else []
+        operations += [AddAddress(name, end.interface, address) for address in (*end.addresses, *own)]
     operations += [SetUp(name, interface) for interface in ("lo", *(end.interface for end in ends))]
     operations += [AddRoute(name, to, via) for to, via in ways]
     return operations
 
 
-def _link_local(end: End) -> list[Address]:
-    """The link-local address of an interface with IPv6 and none of its own: its lower half is its first address's."""
-    ipv6 = [int(address.ip) for address in end.addresses if address.version == 6]
-    has_one = any(address.version == 6 and address.is_link_local for address in end.addresses)
-    lower_half = (1 << 64) - 1
-    if has_one:
-        return []
-    return [ipaddress.IPv6Interface((0xFE80 << 112 | ipv6[0] & lower_half, 64))] if ipv6 else []
+def _link_locals(topology: Topology) -> dict[str, Address]:
+    """The link-local addresses of the interfaces with IPv6 and none of their own.
+
+    The lower half is that of the interface's first address or, where that is none for a host or somebody's who hears
+    it, fe80::ff: and the interface's index.
+    """
+    ends = (end for link in topology.links for end in link.ends)
+    indexes = {end.label: first_index(0) + place for place, end in enumerate(ends)}
+    found: dict[str, Address] = {}
+    for segment in topology.segments():
+        ipv6 = {end.label: [address for address in end.addresses if address.version == 6] for end in segment}
+        taken = {address.ip for addresses in ipv6.values() for address in addresses if address.is_link_local}
+        for label, addresses in ipv6.items():
+            if not addresses or any(address.is_link_local for address in addresses):
+                continue
+            lower_half = int(addresses[0].ip) & (1 << 64) - 1
+            ip = ipaddress.IPv6Address(_LINK_LOCAL | lower_half)
+            if not lower_half or ip in taken:
+                ip = ipaddress.IPv6Address(_LINK_LOCAL | 0xFF << 16 | indexes[label])
+            taken.add(ip)
+            found[label] = ipaddress.IPv6Interface((ip, 64))
+    return found

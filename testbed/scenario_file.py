@@ -37,7 +37,7 @@ from testbed.scenario import (
     Tool,
 )
 from testbed.topology import ENGINE, Topology
-from testbed.topology_checks import readiness_problem
+from testbed.topology_checks import NO_REGULAR_EXPRESSION, readiness_problem
 from testbed.topology_file import load, understand
 from testbed.topology_reader import duration, impairment, service
 
@@ -124,7 +124,7 @@ class _Reader:
         output = value.get("output", "")
         try:
             re.compile(output)
-        except re.error as error:
+        except NO_REGULAR_EXPRESSION as error:
             self.problems.append(((*where, "output"), f"no regular expression: {error}"))
         command = tuple(map(str, value["command"]))
         within, retry = self._time(where, value, "within", 60.0), self._time(where, value, "retry", 0.0)

@@ -195,7 +195,10 @@ class Topology:
         return [end for link in self.links for end in link.ends if end.node == name]
 
     def segments(self) -> list[list[End]]:
-        """The ends that hear each other's frames: of a link, or of all links that bridges join; bridges left out."""
+        """The ends that hear each other's frames: of a link, or of all links that bridges join; bridges left out.
+
+        The ends of a segment are in the order of the links.
+        """
         bridges = {node.name for node in self.nodes if node.kind is Kind.BRIDGE}
         segment_of: dict[str, list[End]] = {}  # by bridge
         segments: list[list[End]] = []
@@ -208,7 +211,8 @@ class Topology:
                 merged = [*segment, *merged]
             segments.append(merged)
             segment_of |= dict.fromkeys(joined, merged)
-        return segments
+        places = {id(end): place for place, end in enumerate(end for link in self.links for end in link.ends)}
+        return [sorted(segment, key=lambda end: places[id(end)]) for segment in segments]
 
     def captured(self) -> list[str]:
         """The labels of the interfaces at which captures are made."""

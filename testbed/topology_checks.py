@@ -29,6 +29,7 @@ from testbed.topology import (
     first_index,
 )
 
+NO_REGULAR_EXPRESSION: Final = (re.error, OverflowError, RecursionError)  # what Python says of one that it cannot take
 _IPV6_LEAST_MTU: Final = 1280  # RFC 8200, section 5
 _SYSCTL: Final = re.compile(r"net(\.[A-Za-z0-9_-]+)+")
 _SYSCTL_OF_INTERFACE: Final = re.compile(r"net\.ipv[46]\.(?:conf|neigh)\.([^.]+)\.")
@@ -79,7 +80,7 @@ def readiness_problem(service: Service) -> str | None:
     if ready.log is not None:
         try:
             re.compile(ready.log)
-        except re.error as error:
+        except NO_REGULAR_EXPRESSION as error:
             return f"{ready.log!r} is no regular expression: {error}"
     return None
 
@@ -146,6 +147,22 @@ def _link_problems(topology: Topology) -> Iterator[Problem]:
             seen.add(end.label)
         yield from ((where, what) for what in _mtu_problems(link))
     yield from _mac_problems(topology)
+    yield from _circle_problems(topology)
+
+
+def _circle_problems(topology: Topology) -> Iterator[Problem]:
+    """Bridges are joined one way only, unless a command of one may see to it (spanning tree): frames would circle."""
+    bridges = {node.name: node for node in topology.nodes if node.kind is Kind.BRIDGE}
+    joined = {name: {name} for name in bridges}
+    for place, link in enumerate(topology.links):
+        left, right = link.left.node, link.right.node
+        if left not in joined or right not in joined or left == right:
+            continue
+        if joined[left] is not joined[right]:
+            both = joined[left] | joined[right]
+            joined |= dict.fromkeys(both, both)
+        elif not any(bridges[name].setup for name in joined[left]):
+            yield ("links", place), "closes a circle of bridges, in which frames would go round without end"
 
 
 def _mtu_problems(link: Link) -> Iterator[str]:
@@ -173,8 +190,9 @@ def _mac_problems(topology: Topology) -> Iterator[Problem]:
 
 
 def _address_problems(topology: Topology) -> Iterator[Problem]:
-    """Addresses are a host's, and of one interface."""
+    """Addresses are a host's, and of one interface: those of a link among all that hear each other."""
     owners: dict[object, str] = {}
+    near = {end.label: place for place, segment in enumerate(topology.segments(), start=1) for end in segment}
     for where, end in _places(topology.links):
         for place, address in enumerate(end.addresses):
             here = (*where, "addresses", place)
@@ -182,9 +200,10 @@ def _address_problems(topology: Topology) -> Iterator[Problem]:
                 yield here, what
             elif any(address.ip == other.ip for other in end.addresses[:place]):
                 yield here, f"{end.label} has the address {address.ip} already"
-            elif not address.is_link_local and owners.get(address.ip, end.label) != end.label:
-                yield here, f"{owners[address.ip]} has the address {address.ip} already"
-            owners[address.ip] = end.label
+            elif owners.get(key := (address.ip, address.is_link_local and near[end.label]), end.label) != end.label:
+                yield here, f"{owners[key]} has the address {address.ip} already"
+            else:
+                owners[key] = end.label
 
 
 def _unusable(address: Address) -> str | None:
