@@ -145,6 +145,9 @@ TIMEOUTS: Final[dict[State, float]] = {
     State.ASSURED: 120,
 }
 
+# The same for an established one that was never answered: there may be none, and it costs an attacker one segment.
+UNANSWERED: Final = 300.0
+
 # Where a packet without SYN, FIN or RST that goes a way cannot change the state, so the hot path need not ask.
 _SETTLED: Final = frozenset(
     {
@@ -177,6 +180,7 @@ class Connection:
         "rule",
         "sockrefs",
         "state",
+        "was_answered",
     )
 
     def __init__(self, original: FlowTuple, inside: FlowTuple, now: float) -> None:
@@ -188,6 +192,7 @@ class Connection:
         self.state = State.NONE
         self.entries: dict[tuple[Stage, Direction], Entry] = {}
         self.is_marked = False
+        self.was_answered = False  # as far as `advance` was told
         self.rule = ""
         self.sockrefs: tuple[Sockref, ...] = ()
         self.identifier = next(_identifiers)
@@ -215,11 +220,20 @@ class Connection:
     @property
     def expires(self) -> float:
         """When it is forgotten if no packet comes."""
+        if self.state is State.ESTABLISHED and not self._is_answered:
+            return self.last_seen + UNANSWERED
         return self.last_seen + TIMEOUTS[self.state]
+
+    @property
+    def _is_answered(self) -> bool:
+        """Has anything come the other way? Where both ways share a key, that cannot be told."""
+        is_told = (Stage.DESTINATION, Direction.REPLY) in self.entries
+        return self.was_answered or not is_told or self.traffic(Direction.REPLY)[0] > 0
 
     def advance(self, event: Event, direction: Direction) -> None:
         """Move on by one packet: the only place where `state` changes."""
         self.state = TRANSITIONS.get((self.state, event, direction), self.state)
+        self.was_answered |= direction is Direction.REPLY
         for entry in self.entries.values():
             entry.is_settled = (self.state, entry.direction) in _SETTLED
 

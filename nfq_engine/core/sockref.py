@@ -4,7 +4,7 @@ Owns: the sockref, its flags, the look-up order. Must not know packets, rules, o
 allowed (sockopt.py). Place in the path: asked for every new connection, before the ruleset.
 
 Look-up order (tproxy.md section 3): an entry whose remote address equals the one asked for beats an entry without one;
-an entry with another remote address never matches; a caller that does not care (`remote` unspecified) gets the first.
+an entry with another remote address never matches; a caller that does not care (`remote` is None) gets the first.
 An entry that the caller does not accept never hides one that it does.
 """
 
@@ -127,13 +127,13 @@ class SockrefTable:
         return (protocol, foreign) in self._by_foreign
 
     def find_local(
-        self, protocol: Protocol, local: Endpoint, remote: Endpoint, accept: Callable[[Sockref], bool]
+        self, protocol: Protocol, local: Endpoint, remote: Endpoint | None, accept: Callable[[Sockref], bool]
     ) -> Sockref | None:
         """The best accepted sockref with a local endpoint, for a peer."""
         return _best(self._by_local.get((protocol, local), ()), remote, accept)
 
     def find_foreign(
-        self, protocol: Protocol, foreign: Endpoint, remote: Endpoint, accept: Callable[[Sockref], bool]
+        self, protocol: Protocol, foreign: Endpoint, remote: Endpoint | None, accept: Callable[[Sockref], bool]
     ) -> Sockref | None:
         """The best accepted sockref with a foreign endpoint, for a peer."""
         return _best(self._by_foreign.get((protocol, foreign), ()), remote, accept)
@@ -179,14 +179,13 @@ class SockrefTable:
         self.on_change(sockref)
 
 
-def _best(entries: Iterable[Sockref], remote: Endpoint, accept: Callable[[Sockref], bool]) -> Sockref | None:
+def _best(entries: Iterable[Sockref], remote: Endpoint | None, accept: Callable[[Sockref], bool]) -> Sockref | None:
     """The first of the best class among the accepted entries."""
-    indifferent = remote.is_unspecified
     general = None
     for entry in entries:
         if not accept(entry):
             continue
-        if indifferent or (entry.has_remote and entry.is_narrowed_to(remote)):
+        if remote is None or (entry.has_remote and entry.is_narrowed_to(remote)):
             return entry
         if general is None and not entry.has_remote:
             general = entry

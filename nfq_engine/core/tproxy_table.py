@@ -195,6 +195,8 @@ def _may_receive(sockref: Sockref) -> bool:
     """Does a sockref count where destinations are looked up?"""
     if sockref.has(Flag.ORPHAN) or sockref.is_spent:
         return False
+    if not sockref.foreign.port and not sockref.has(Flag.MARK_ONLY):
+        return False  # the port is yet to be chosen
     return sockref.has(Flag.LISTEN | Flag.ESTABLISHED | Flag.MARK_ONLY)
 
 

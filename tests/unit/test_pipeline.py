@@ -6,7 +6,7 @@ import pytest
 from builders import endpoint, flow, packet
 from dialogue import Dialogue
 
-from nfq_engine.core.conntrack import Direction, State
+from nfq_engine.core.conntrack import UNANSWERED, Direction, State
 from nfq_engine.core.decision import Reason, Verdict
 from nfq_engine.core.option import Operation, pack_address, pack_number
 from nfq_engine.core.packet import Endpoint, Hook, Protocol
@@ -442,6 +442,41 @@ def test_packet_that_came_cut_is_never_rewritten(world: Dialogue, port: int, ver
     asked = flow(endpoint("client", 4000), endpoint("server", port), Protocol.UDP)
     decision = world.put(Hook.PREROUTING, packet(asked), is_cut=True)
     assert (decision.verdict, decision.reason, decision.payload) == (verdict, reason, None)
+
+
+@versions
+@protocols
+def test_nobody_s_address_is_no_peer_of_a_narrowed_sockref(version: int, protocol: Protocol) -> None:
+    world = Dialogue()
+    local, foreign, peer = (endpoint(who, 20, version) for who in ("gateway", "foreign", "client"))
+    world.assign(local, foreign, Flag.LISTEN | Flag.ONCE, protocol, remote=peer)
+    forged = flow(Endpoint(bytes(len(peer.address)), 20), foreign, protocol)
+    assert world.send(Hook.PREROUTING, forged) == (Reason.NO_MAPPING, forged)
+    asked = flow(peer, foreign, protocol)
+    assert world.send(Hook.PREROUTING, asked) == (Reason.SOCKREF, flow(peer, local, protocol))
+
+
+@versions
+def test_nobody_reaches_a_port_that_is_yet_to_be_chosen(version: int) -> None:
+    world = Dialogue()
+    world.assign(endpoint("gateway", 7007, version), endpoint("foreign", 0, version), Flag.LISTEN, Protocol.UDP)
+    asked = flow(endpoint("client", 4000, version), endpoint("foreign", 0, version), Protocol.UDP)
+    assert world.send(Hook.PREROUTING, asked) == (Reason.NO_MAPPING, asked)
+
+
+def test_a_segment_that_is_never_answered_is_not_remembered_for_days() -> None:
+    """Anybody can send such from anywhere; the kernel keeps it as long (nf_conntrack_proto_tcp.c)."""
+    world = Dialogue()
+    asked = flow(endpoint("client", 4000), endpoint("server", 80))
+    world.send(Hook.PREROUTING, asked, "A")
+    world.wait(UNANSWERED - 1)
+    assert len(world.engine.connections) == 1
+    world.wait(2)
+    assert len(world.engine.connections) == 0
+    world.send(Hook.PREROUTING, asked, "A")
+    world.send(Hook.PREROUTING, asked.inverse(), "A")
+    world.wait(UNANSWERED + 1)
+    assert len(world.engine.connections) == 1
 
 
 def test_datagram_from_port_0_stays_from_port_0(world: Dialogue) -> None:
