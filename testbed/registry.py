@@ -55,7 +55,7 @@ class Record:
 
     def write(self) -> None:
         """Let others find the lab."""
-        path = _path(self.name)
+        path = _made_directory() / _path(self.name).name
         begun = path.with_suffix(".new")  # nobody reads half a record: it would be removed as one of no lab
         begun.write_text(json.dumps(asdict(self)))
         begun.replace(path)
@@ -75,10 +75,15 @@ def directory() -> Path:
     """Where the records are: of this user, and of keepers whose pids mean here what they mean to themselves, only."""
     parent = Path("/run") if os.geteuid() == 0 and os.access("/run", os.W_OK) else Path("/tmp")
     path = parent / f"testbed-{os.geteuid()}-{pid_namespace()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.geteuid():
+    if path.exists() and path.stat().st_uid != os.geteuid():
         raise RegistryError(f"{path} belongs to somebody else")
     return path
+
+
+def _made_directory() -> Path:
+    """The same for who is to write there: whoever only looks leaves nothing behind."""
+    directory().mkdir(mode=0o700, exist_ok=True)
+    return directory()
 
 
 def records() -> list[Record]:
@@ -212,7 +217,7 @@ def forget(name: str) -> None:
 @contextlib.contextmanager
 def lock() -> Iterator[int]:
     """One that makes a record at a time; yields the descriptor that holds the lock."""
-    descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(_made_directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor

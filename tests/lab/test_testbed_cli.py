@@ -587,9 +587,12 @@ def test_two_labs_do_not_write_into_one_folder(lab: str, file: Path, tmp_path: P
 
 
 def test_a_lab_of_another_pid_namespace_is_left_alone(lab: str) -> None:
-    there = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "testbed.cli", "ls"]
+    script = f"stat -Lc %i /proc/self/ns/pid; exec {sys.executable} -m testbed.cli ls"
+    there = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script]
     done = subprocess.run(there, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert lab not in done.stdout, done.stderr
+    left = registry.directory().with_name(f"testbed-{os.geteuid()}-{done.stdout.split()[0]}")
+    assert not left.exists()  # who only looks leaves nothing
     assert lab in run_testbed("ls").stdout
 
 
