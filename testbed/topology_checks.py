@@ -200,7 +200,7 @@ def _address_problems(topology: Topology) -> Iterator[Problem]:
                 yield here, what
             elif any(address.ip == other.ip for other in end.addresses[:place]):
                 yield here, f"{end.label} has the address {address.ip} already"
-            elif owners.get(key := (address.ip, address.is_link_local and near[end.label]), end.label) != end.label:
+            elif owners.get(key := (address.ip, address.is_link_local and near.get(end.label)), end.label) != end.label:
                 yield here, f"{owners[key]} has the address {address.ip} already"
             else:
                 owners[key] = end.label

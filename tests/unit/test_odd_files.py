@@ -129,6 +129,13 @@ def test_link_local_addresses_of_a_segment_differ() -> None:
         loads((PAIR % "").replace(ends, both))
 
 
+def test_a_link_local_address_of_a_bridge_is_refused_as_any_other() -> None:
+    ends = 'ends: [{node: a}, {node: b, addresses: ["fe80::1/64"]}]'
+    text = (PAIR % "").replace("b: }", "b: {kind: bridge}}").replace("ends: [{node: a}, {node: b}]", ends)
+    with pytest.raises(TopologyError, match="a bridge forwards frames: its interfaces have no addresses"):
+        loads(text)
+
+
 @pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 3000 + ")" * 3000], ids=["too many", "too deep"])
 def test_a_regular_expression_that_python_cannot_take_is_refused(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="is no regular expression"):
