@@ -55,7 +55,8 @@ class Record:
 
     def write(self) -> None:
         """Let others find the lab."""
-        path = _made_directory() / _path(self.name).name
+        _make_directory()
+        path = _path(self.name)
         begun = path.with_suffix(".new")  # nobody reads half a record: it would be removed as one of no lab
         begun.write_text(json.dumps(asdict(self)))
         begun.replace(path)
@@ -80,10 +81,9 @@ def directory() -> Path:
     return path
 
 
-def _made_directory() -> Path:
-    """The same for who is to write there: whoever only looks leaves nothing behind."""
+def _make_directory() -> None:
+    """For who is to write there: whoever only looks leaves nothing behind."""
     directory().mkdir(mode=0o700, exist_ok=True)
-    return directory()
 
 
 def records() -> list[Record]:
@@ -217,7 +217,8 @@ def forget(name: str) -> None:
 @contextlib.contextmanager
 def lock() -> Iterator[int]:
     """One that makes a record at a time; yields the descriptor that holds the lock."""
-    descriptor = os.open(_made_directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _make_directory()
+    descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor

@@ -126,13 +126,20 @@ def wait_for(condition: Callable[[], object]) -> bool:
     return not condition()
 
 
-def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> None:
+@contextlib.contextmanager
+def without_room() -> Iterator[tuple[Namespace, Watch]]:
+    """A namespace, and who watches it and missed the ends of others: its socket had no room for them."""
     ours, *others = [Namespace.new() for _ in range(20)]
     with Watch({"ours": ours}) as watch, Watch({str(number): other for number, other in enumerate(others)}) as beside:
         watch._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it two messages or three
         for other in others:
             other.close()
         assert beside.remaining(PATIENCE) == []
+        yield ours, watch
+
+
+def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> None:
+    with without_room() as (ours, watch):
         assert watch.remaining(0) == ["ours"]
         ours.close()
         assert watch.remaining(PATIENCE) == []
@@ -140,24 +147,18 @@ def test_the_end_of_a_namespace_is_seen_though_news_of_others_had_no_room() -> N
 
 def test_news_that_find_no_room_while_older_ones_are_read_are_not_missed() -> None:
     """Until all that waits has been read, the kernel drops what comes, and does not say so a second time."""
-    ours, *others = [Namespace.new() for _ in range(20)]
-    with Watch({"ours": ours}) as watch, Watch({str(number): other for number, other in enumerate(others)}) as beside:
-        watch._news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it two messages or three
-        for other in others:
-            other.close()
-        assert beside.remaining(PATIENCE) == []
-        with Watch({"ours": ours}) as sees:
-            ended, looks = watch._ended, iter(range(100))
+    with without_room() as (ours, watch), Watch({"ours": ours}) as sees:
+        ended, looks = watch._ended, iter(range(100))
 
-            def look() -> list[int]:
-                found = ended()
-                if next(looks) == 0:  # the kernel has said once that there was no room
-                    ours.close()
-                    assert sees.remaining(PATIENCE) == []
-                return found
+        def look() -> list[int]:
+            found = ended()
+            if next(looks) == 0:  # the kernel has said once that there was no room
+                ours.close()
+                assert sees.remaining(PATIENCE) == []
+            return found
 
-            watch._ended = look  # type: ignore[method-assign]
-            assert watch.remaining(2) == []
+        watch._ended = look  # type: ignore[method-assign]
+        assert watch.remaining(2) == []
 
 
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
