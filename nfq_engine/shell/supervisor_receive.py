@@ -115,11 +115,6 @@ class _Call:
     until: float
 
     @property
-    def is_of_first_thread(self) -> bool:
-        """Was it made by the thread with which its process began?"""
-        return self.notification.thread == self.caller.identity.pid
-
-    @property
     def may_wait(self) -> bool:
         """Is neither the call nor the socket non-blocking?"""
         return not (self.flags & socket.MSG_DONTWAIT or fcntl.fcntl(self.taken, fcntl.F_GETFL) & os.O_NONBLOCK)
@@ -202,8 +197,8 @@ class ReceivingCalls:
         while self._resting:
             self._poll.register(self._resting.pop(), _COMING)
         held = {call.notification.thread for call, _ in self._waiting.values()}
-        served: set[int] = set()  # processes: a signal for one is taken by one thread, the first if it can
-        for descriptor, (call, _) in sorted(self._waiting.items(), key=lambda item: not item[1][0].is_of_first_thread):
+        served: set[int] = set()  # processes: a signal for one is taken by one thread
+        for descriptor, (call, _) in list(self._waiting.items()):
             process = call.caller.identity.pid
             due = due_signal(call.notification.thread, process, held)
             if due is Due.SOME_THREAD:

@@ -34,6 +34,7 @@ _STATUS: Final = re.compile(
 )
 _ENDED: Final = (b"Z", b"X")
 _STOPPED: Final = b"T"
+_DEAF: Final = (*_ENDED, _STOPPED, b"t")
 _PTRACE_DETACH: Final = 17
 _PTRACE_SEIZE: Final = 0x4206
 _PTRACE_INTERRUPT: Final = 0x4207
@@ -49,7 +50,7 @@ class Due(Enum):
     THIS_THREAD = auto()
     """One of its own, or one of a process with no other thread; or all threads of the process are told to stop."""
     SOME_THREAD = auto()
-    """One for a process with several threads: which of them is to take it cannot be told."""
+    """One for a process with several threads: this one is to take it, unless another is quicker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,20 @@ def due_signal(thread: int, process: int, held: Container[int]) -> Due:
     heard = ~(status.blocked | status.ignored)
     if status.own & heard:
         return Due.THIS_THREAD
-    if status.shared & heard:
-        return Due.THIS_THREAD if status.threads == 1 else Due.SOME_THREAD
+    if waiting := status.shared & heard:
+        if status.threads == 1:
+            return Due.THIS_THREAD
+        return Due.NOBODY if thread != process and _does_hear(process, waiting) else Due.SOME_THREAD
     return Due.THIS_THREAD if status.threads > 1 and _is_stopping(process, held) else Due.NOBODY
+
+
+def _does_hear(first: int, signals: int) -> bool:
+    """Will the first thread of a process take these signals, now or when it gets to run?
+
+    If it can, it is the one that the kernel tells of them (kernel/signal.c, complete_signal), and the others wait on.
+    """
+    status = _read_status(f"/proc/{first}/status")
+    return status is not None and status.state not in _DEAF and bool(signals & ~status.blocked)
 
 
 @contextlib.contextmanager

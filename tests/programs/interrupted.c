@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 
 enum { LATER = 20000, MUCH_LATER = 150000 }; /* microseconds */
 
@@ -109,10 +110,22 @@ static void *take_signals(void *unused)
 	return unused;
 }
 
-static void *wait_in_thread(void *unused)
+static void *wait_in_thread(void *what)
 {
-	receive("second-goes-on");
-	return unused;
+	receive(what);
+	return NULL;
+}
+
+/* The first thread is told of the signal, and takes it only once its child has gone. */
+static void have_a_child_that_takes_its_time(void)
+{
+	alarm_every(LATER);
+	if (vfork() == 0) {
+		usleep(MUCH_LATER);
+		_exit(0);
+	}
+	alarm_every(0);
+	wait(NULL);
 }
 
 static void alone(void)
@@ -173,10 +186,15 @@ static void in_threads(void)
 	pthread_join(thread, NULL);
 
 	handle(quiet, 0);
-	pthread_create(&thread, NULL, wait_in_thread, NULL);
+	pthread_create(&thread, NULL, wait_in_thread, "second-goes-on");
 	usleep(LATER);
 	wait_for_alarm("first-of-two-waiting");
 	usleep(MUCH_LATER);
+	say(0);
+	pthread_join(thread, NULL);
+	pthread_create(&thread, NULL, wait_in_thread, "second-goes-on-while-first-is-slow");
+	usleep(LATER);
+	have_a_child_that_takes_its_time();
 	say(0);
 	pthread_join(thread, NULL);
 }
