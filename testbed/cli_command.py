@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from testbed.errors import TestbedError
 from testbed.journal import LAB, command_line
 from testbed.owner import environment, unmarked
+from testbed.process import exit_code
 from testbed.registry import Record
 
 if TYPE_CHECKING:
@@ -54,11 +55,6 @@ def run_in(
         done = _finished(running, command)
         entry.end(f"exit status {done.returncode}", is_bad=done.returncode != 0)
     return done
-
-
-def exit_code(status: int) -> int:
-    """What a shell makes of how a command ended, as subprocess tells it."""
-    return status if status >= 0 else 128 - status
 
 
 def command_values(

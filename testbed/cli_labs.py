@@ -19,7 +19,7 @@ import click
 
 from testbed import cli_completion as completion
 from testbed import up as keeping
-from testbed.cli_command import command_values, exit_code, run_in
+from testbed.cli_command import command_values, run_in
 from testbed.cli_files import topology_of
 from testbed.cli_options import AS_JSON, COMMANDS_CODE, FILE, JSON_OF_COMMAND, LOGS, examples, progress
 from testbed.cli_running import as_values
@@ -28,6 +28,7 @@ from testbed.impair import kernel_means, notes
 from testbed.keeper import hand_over
 from testbed.lab import Lab
 from testbed.owner import sweep
+from testbed.process import exit_code
 from testbed.registry import RegistryError
 from testbed.report import write_report
 from testbed.scenario_file import is_scenario, load_scenario
@@ -46,7 +47,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     logs, _ = _directory(topology, directory)
     try:
         with progress(f"building {topology.name}"):
-            record = keeping.up(topology, logs.absolute())
+            record = keeping.up(topology, logs)
     except RegistryError:
         if directory is None:
             shutil.rmtree(logs)

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.netns import Namespace
@@ -27,6 +28,8 @@ _RECEIVE_BYTES: Final = 4 << 20
 _LARGEST: Final = 0x10000
 _ANY_PORT: Final = 9  # of a socket that is connected to see where the kernel routes, and sends nothing
 
+SEVERAL: Final = "several packets in one, by a list of values or a net: send each by itself"
+
 
 class CraftError(ValueError):
     """A packet that cannot be sent as it is; the message says why."""
@@ -36,7 +39,8 @@ def send(namespace: Namespace, packet: Packet, interface: str | None = None) -> 
     """Send an IPv4 or IPv6 packet as it is; what it leaves open (its source, lengths, checksums) is filled in.
 
     `interface` is where it must leave: link-local destinations and groups are at no other place than the caller says.
-    CraftError when the packet does not begin with IP, is larger than the way allows, or the node has no route for it.
+    CraftError when the packet does not begin with IP, stands for several, is larger than the way allows, or the node
+    has no route for it.
     """
     way = _Way(namespace, interface)
     whole, family, destination = _completed(way, packet)
@@ -59,6 +63,11 @@ def sr1(namespace: Namespace, packet: Packet, timeout: float, interface: str | N
             if is_answer(answer, sent):
                 return answer
     return None
+
+
+def is_several(packet: Packet) -> bool:
+    """Does a Scapy packet stand for several, as `UDP(dport=[80, 443])` does? Of these, `bytes` makes the first."""
+    return len(list(islice(packet, 2))) > 1
 
 
 def is_answer(packet: Packet, sent: Packet) -> bool:
@@ -106,6 +115,8 @@ def _completed(way: _Way, packet: Packet) -> tuple[Any, socket.AddressFamily, st
 
     if not isinstance(packet, IP | IPv6):
         raise CraftError(f"a packet to send begins with IP or IPv6, not with {type(packet).__name__}")
+    if is_several(packet):
+        raise CraftError(SEVERAL)
     family = socket.AF_INET if isinstance(packet, IP) else socket.AF_INET6
     if "dst" not in packet.fields:
         raise CraftError("the packet has no destination")

@@ -270,11 +270,15 @@ def _finish_folder(item: pytest.Item, folder: ArtefactFolder) -> None:
     if not failures and captures != "always":
         folder.remove()
         return
-    if failures:
-        write_end(lab, folder.path, _story(item))
-    if captures == "never":
-        (folder.path / FILE_NAME).unlink(missing_ok=True)
-    item.user_properties.append((_FOLDER, str(folder.path)))
+    where = str(folder.path)
+    try:
+        if failures:
+            write_end(lab, folder.path, _story(item))
+        if captures == "never":
+            (folder.path / FILE_NAME).unlink(missing_ok=True)
+    except OSError as error:  # no room, or the test has removed it: the other tests go on
+        where += f" ({error})"
+    item.user_properties.append((_FOLDER, where))
     folder.close()
 
 

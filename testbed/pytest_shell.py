@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from testbed.errors import TestbedError, in_words
 from testbed.lab import Lab
 from testbed.owner import environment
 from testbed.registry import record_of
@@ -30,7 +31,18 @@ def refusal(config: pytest.Config) -> str | None:
 
 
 def open_shell(config: pytest.Config, lab: Lab, story: str) -> None:
-    """Open a shell in a node of the lab, the one with the engine if there is one; back when it has ended."""
+    """Open a shell in a node of the lab, the one with the engine if there is one; back when it has ended.
+
+    What keeps it from being opened is told in its place: the other tests go on.
+    """
+    try:
+        _talk(config, lab, story)
+    except (TestbedError, OSError) as error:
+        with _uncaptured(config):
+            sys.stdout.write(f"\nno shell can be opened: {in_words(error)}\n")
+
+
+def _talk(config: pytest.Config, lab: Lab, story: str) -> None:
     nodes = lab.topology.nodes
     inside = next((node for node in nodes if node.engine is not None), nodes[0]).name
     record = record_of(lab.topology.name, lab.directory, {node.name: lab[node.name].namespace for node in nodes})
@@ -43,7 +55,7 @@ def open_shell(config: pytest.Config, lab: Lab, story: str) -> None:
             )
             sys.stdout.flush()
             with lab[inside].namespace.entered():
-                shell = subprocess.Popen([os.environ.get("SHELL", "/bin/sh")], env=environment())
+                shell = subprocess.Popen([os.environ.get("SHELL") or "/bin/sh"], env=environment())
             shell.wait()
     finally:
         record.remove()

@@ -131,7 +131,7 @@ def record_of(name: str, logs: Path, namespaces: Mapping[str, Namespace]) -> Rec
 
 def own_record(name: str, logs: Path, nodes: dict[str, int]) -> Record:
     """What this process, which keeps a lab, has to record of it."""
-    return Record(name, os.getpid(), start_time(os.getpid()) or "", str(logs), nodes)
+    return Record(name, os.getpid(), start_time(os.getpid()) or "", str(logs.absolute()), nodes)
 
 
 def down(record: Record) -> None:

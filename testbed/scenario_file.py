@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nfq_engine.core.decision import Reason
+from testbed.craft import SEVERAL, is_several
 from testbed.documents import Document, DocumentError, Problem, Where, shape_problems
 from testbed.expect import DURING, WITHIN
 from testbed.impair import is_impaired
@@ -139,7 +140,9 @@ class _Reader:
         return Fetch(value["in"], value["url"], status, value.get("size"), within, retry)
 
     def send(self, where: Where, value: Mapping[str, Any]) -> Step:
-        self._try((*where, "packet"), packet_of, dict(value["packet"]))
+        packet = self._try((*where, "packet"), packet_of, dict(value["packet"]))
+        if packet is not None and is_several(packet):
+            self.problems.append(((*where, "packet"), SEVERAL))
         return Send(value["in"], dict(value["packet"]), value.get("count", 1))
 
     def expect(self, where: Where, value: Mapping[str, Any]) -> Step:
@@ -150,6 +153,8 @@ class _Reader:
             self._known((*where, "at"), point, self._points, "captured interface")
         within, changed = self._time(where, value, "within", WITHIN), tuple(value.get("changed", ()))
         if len(points) == 2:
+            if points[0] == points[1]:
+                self.problems.append(((*where, "at"), "give two points, not one twice"))
             self._refuse(where, value, ("count", "never"), "not with two points")
             for place, name in enumerate(changed):
                 self._try((*where, "changed", place), field_of, name)

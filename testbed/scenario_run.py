@@ -21,7 +21,7 @@ from testbed.expect import ExpectationError
 from testbed.journal import LAB
 from testbed.lab import Lab, LabError
 from testbed.layers import packet_of
-from testbed.process import ServiceError
+from testbed.process import ServiceError, exit_code
 from testbed.scenario import (
     Action,
     Change,
@@ -137,8 +137,8 @@ class _Runner:
         command = [word.replace("{python}", sys.executable) for word in step.command]
         result = self._lab[step.node].run(command, check=False, timeout=step.within)
         printed = result.stdout + result.stderr
-        if result.returncode != step.exit:
-            raise StepError(f"ended with {result.returncode} instead of {step.exit}{_indented(printed)}")
+        if (status := exit_code(result.returncode)) != step.exit:
+            raise StepError(f"ended with {status} instead of {step.exit}{_indented(printed)}")
         if re.search(step.output, printed, re.MULTILINE) is None:
             raise StepError(f"printed nothing like {step.output!r}{_indented(printed)}")
 

@@ -13,14 +13,17 @@ import http.server
 import json
 import os
 import random
+import signal
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
 import typing
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -130,43 +133,77 @@ class _UnreadableError(click.ClickException):
         super().__init__(f"{url}: an answer, but not one that can be read: {error or type(error).__name__}")
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes an answer that names another place for what it is: the answer."""
+
+    def redirect_request(self, *_: typing.Any, **__: typing.Any) -> None:
+        """Ask nobody else."""
+
+
 @main.command()
 @click.argument("url")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the body there.")
-@click.option("--timeout", type=_SECONDS, default=15.0, show_default=True)
+@click.option("--timeout", type=_SECONDS, default=15.0, show_default=True, help="Seconds that all of it may take.")
 def fetch(url: str, output: Path | None, timeout: float) -> None:
-    """Fetch a URL; print its status, size and SHA-256.
+    """Fetch a URL; print its status, size and SHA-256. Redirects are not followed.
 
-    Exit code 1: there was no answer. 3: there was one, but not all of it, or it is not HTTP.
+    Exit code 1: there was no answer. 2: nobody could be asked, such as a name without an address. 3: there was an
+    answer, but not all of it, or it is not HTTP.
     """
     started = time.monotonic()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        response = _answer(opener, url, timeout)
-    except (ValueError, http.client.InvalidURL) as error:
-        raise click.UsageError(f"{url}: {error}") from error
-    except OSError as error:  # http.client.RemoteDisconnected is one, too
-        raise click.ClickException(f"{url}: {error}") from error
-    except http.client.HTTPException as error:
-        raise _UnreadableError(url, error) from error
-    try:
-        with response:
-            body = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise _UnreadableError(url, error) from error
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+    with _limited(timeout):
+        try:
+            response = _answer(opener, url)
+        except (ValueError, http.client.InvalidURL) as error:
+            raise click.UsageError(f"{url}: {error}") from error
+        except OSError as error:  # http.client.RemoteDisconnected is one, too
+            raise _without_answer(url, error) from error
+        except http.client.HTTPException as error:
+            raise _UnreadableError(url, error) from error
+        try:
+            with response:
+                body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise _UnreadableError(url, error) from error
     if output is not None:
         output.write_bytes(body)
     digest = hashlib.sha256(body).hexdigest()
     _say(status=response.status, size=len(body), sha256=digest, seconds=round(time.monotonic() - started, 3))
 
 
-def _answer(opener: urllib.request.OpenerDirector, url: str, timeout: float) -> http.client.HTTPResponse:
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError when what is done inside takes longer; a socket's own limit begins anew with each piece."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer(opener: urllib.request.OpenerDirector, url: str) -> http.client.HTTPResponse:
     """What the server answers, whatever its status is."""
     try:
-        response: http.client.HTTPResponse = opener.open(url, timeout=timeout)
+        response: http.client.HTTPResponse = opener.open(url)
     except urllib.error.HTTPError as error:
         return typing.cast(http.client.HTTPResponse, error)
     return response
+
+
+def _without_answer(url: str, error: OSError) -> click.ClickException:
+    """What a fetch ends with that got nothing of HTTP: nobody was asked, or said something else, or said nothing."""
+    match error.reason if isinstance(error, urllib.error.URLError) else error:
+        case str() | socket.gaierror() as reason:
+            return click.UsageError(f"{url}: {reason}")
+        case ssl.SSLError() as reason if not isinstance(reason, ssl.SSLEOFError):
+            return _UnreadableError(url, reason)
+    return click.ClickException(f"{url}: {error}")
 
 
 @main.command("udp-ask")
@@ -288,7 +325,8 @@ def udp_echo(port: int, address: str, notify_fd: int | None) -> None:
             if peer not in seen:
                 seen.add(peer)
                 _say(peer=peer[0].removeprefix("::ffff:"), port=peer[1])
-            sock.sendto(data, peer)
+            with contextlib.suppress(OSError):  # the way back is closed: for one peer, or for now
+                sock.sendto(data, peer)
 
 
 if __name__ == "__main__":

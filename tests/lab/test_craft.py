@@ -226,6 +226,7 @@ def test_threads_and_coroutines_send_from_several_nodes_at_once(lab: Lab) -> Non
     [
         pytest.param(UDP(dport=9), "begins with IP or IPv6, not with UDP", id="no IP"),
         pytest.param(IP() / UDP(dport=9), "has no destination", id="no destination"),
+        pytest.param(IP(dst="10.0.1.2") / UDP(dport=[7, 9]), "several packets in one", id="several"),
         pytest.param(IP(dst="203.0.113.1") / UDP(), "203.0.113.1: Network is unreachable", id="no route"),
         pytest.param(IP(dst="10.0.1.2") / UDP() / Raw(bytes(1600)), "Message too long", id="too large"),
     ],

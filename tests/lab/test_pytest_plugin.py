@@ -465,13 +465,21 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
+def test_a_folder_that_the_test_has_removed_keeps_no_other_test_from_running(project: pytest.Pytester) -> None:
+    removed = FAILS.replace('    assert "the', '    __import__("shutil").rmtree(lab.directory)\n    assert "the')
+    project.makepyfile(test_it=removed + "def test_other():\n    pass\n")
+    result = run(project)
+    assert result.parseoutcomes()["passed"] == 1
+    result.stdout.fnmatch_lines(["*test_it.py::test_fails*No such file or directory*"])
+
+
 # ---- a shell in the lab ----
 
 
 class Terminal:
     """A program on a terminal, and what it wrote there."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, shell: str = "/bin/sh") -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
         self.text = ""
@@ -482,7 +490,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env={**os.environ, "SHELL": "/bin/sh", "PS1": "lab> "},
+            env={**os.environ, "SHELL": shell, "PS1": "lab> "},
         )
         os.close(slave)
 
@@ -523,6 +531,14 @@ def test_a_failed_test_stops_in_a_shell_inside_the_lab(project: pytest.Pytester,
         terminal.await_text("1 failed")
         assert terminal.process.wait(PATIENCE) == 1
     assert name not in [record.name for record in registry.records()]
+
+
+def test_a_shell_that_is_not_there_keeps_no_other_test_from_running(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it=FAILS + "def test_other():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", *WITHOUT, "--lab-shell"]
+    with contextlib.closing(Terminal(command, project.path, "/no/such/shell")) as terminal:
+        terminal.await_text(r"no shell can be opened: .*/no/such/shell")
+        terminal.await_text("1 failed, 1 passed")
 
 
 @pytest.mark.parametrize(

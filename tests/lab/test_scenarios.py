@@ -72,35 +72,69 @@ def test_a_step_that_fails_is_the_last_and_says_why(tmp_path: Path, step: str, w
     assert "10.0.0.2:9" in (tmp_path / "report.html").read_text()
 
 
-ANSWERS_OF_ANOTHER_KIND = {
-    "half of an answer": "HTTP/1.1 200 OK\\r\\nContent-Length: 1000\\r\\n\\r\\nhalf",
-    "something else than HTTP": "220 mail\\r\\n",
-}
-
-
-@pytest.mark.parametrize("answer", ANSWERS_OF_ANOTHER_KIND.values(), ids=ANSWERS_OF_ANOTHER_KIND.keys())
-def test_a_server_that_answers_in_some_way_does_not_fail_as_it_should(tmp_path: Path, answer: str) -> None:
-    script = tmp_path / "server.py"
+def server_of(folder: Path, answering: str) -> str:
+    """A step that starts a server on port 80 of b, which reads once from `one` and then does what is asked."""
+    script = folder / "server.py"
     script.write_text(
-        "import socket\nlistener = socket.create_server(('10.0.0.2', 80))\n"
-        "while True:\n    with listener.accept()[0] as one:\n        one.recv(4096)\n"
-        f"        one.sendall(b'{answer}')\n"
+        "import socket, time\nlistener = socket.create_server(('10.0.0.2', 80))\n"
+        f"while True:\n    with listener.accept()[0] as one:\n        one.recv(4096)\n        {answering}\n"
     )
+    return f'start: {{in: b, name: web, command: ["{{python}}", {script}], ready: {{port: 80}}}}'
+
+
+@pytest.mark.parametrize(
+    ("url", "answer", "complaint"),
+    [
+        pytest.param(
+            "http://10.0.0.2/",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf",
+            "not one that can be read",
+            id="half",
+        ),
+        pytest.param("http://10.0.0.2/", b"220 mail\r\n", "not one that can be read", id="no HTTP"),
+        pytest.param("https://10.0.0.2:80/", b"220 mail\r\n", "not one that can be read", id="no TLS"),
+        pytest.param(
+            "http://10.0.0.2/",
+            b"HTTP/1.1 302 Found\r\nLocation: http://10.0.0.2:81/\r\nContent-Length: 0\r\n\r\n",
+            "answered, with status 302",
+            id="redirect",
+        ),
+    ],
+)
+def test_a_server_that_answers_in_some_way_does_not_fail_as_it_should(
+    tmp_path: Path, url: str, answer: bytes, complaint: str
+) -> None:
     path = written(
         tmp_path,
-        f'start: {{in: b, name: web, command: ["{{python}}", {script}], ready: {{port: 80}}}}',
+        server_of(tmp_path, f"one.sendall({answer!r})"),
         'fetch: {in: a, url: "http://10.0.0.2:81/", fails: true}',
-        'fetch: {in: a, url: "http://10.0.0.2/", fails: true, within: 5s}',
+        f'fetch: {{in: a, url: "{url}", fails: true, within: 5s}}',
     )
     result = run_testbed("run", path, "--directory", tmp_path / "logs")
     assert [line.split()[:2] for line in result.stdout.splitlines()[:3]] == [["ok", "1"], ["ok", "2"], ["FAILED", "3"]]
-    assert "not one that can be read" in result.stdout
+    assert complaint in result.stdout
 
 
-def test_a_url_that_is_none_does_not_fail_as_it_should(tmp_path: Path) -> None:
-    path = written(tmp_path, 'fetch: {in: a, url: "http://[fd00::2/", fails: true}')
+@pytest.mark.parametrize("url", ["http://[fd00::2/", "http://no-such-name.invalid/", "http:///page"])
+def test_a_url_that_nobody_can_be_asked_for_does_not_fail_as_it_should(tmp_path: Path, url: str) -> None:
+    path = written(tmp_path, f'fetch: {{in: a, url: "{url}", fails: true}}')
     result = run_testbed("run", path, "--directory", tmp_path / "logs")
     assert result.returncode == 1, result.stdout
+
+
+def test_a_fetch_takes_no_longer_than_it_may_although_something_comes_all_the_time(tmp_path: Path) -> None:
+    slowly = "one.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 50\\r\\n\\r\\n'); "
+    slowly += "[(one.sendall(b'.'), time.sleep(0.1)) for _ in range(50)]"
+    path = written(tmp_path, server_of(tmp_path, slowly), 'fetch: {in: a, url: "http://10.0.0.2/", within: 1s}')
+    result = run_testbed("run", path, "--directory", tmp_path / "logs")
+    assert "FAILED   2" in result.stdout
+    assert "took longer than 1 s" in result.stdout
+
+
+def test_a_command_that_a_signal_ends_ends_as_a_shell_tells_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "run: {in: a, command: [sh, -c, kill -9 $$], exit: 137}")
+    result = run_testbed("run", path, "--directory", tmp_path / "logs")
+    assert result.returncode == 0, result.stdout
 
 
 def test_a_step_is_tried_again_until_it_comes_out_as_it_should(tmp_path: Path) -> None:
@@ -119,8 +153,10 @@ def test_a_lab_is_kept_for_a_look_when_a_step_failed(tmp_path: Path, step: str, 
     name = f"kept-{os.getpid()}"
     path = written(tmp_path, f"run: {{in: a, command: ['false'], {step[1:-1]}}}")
     path.write_text(path.read_text().replace("  name: two", f"  name: {name}"))
-    result = run_testbed("run", path, "--keep", "--directory", tmp_path / "logs")
+    result = run_testbed("run", path, "--keep", "--directory", os.path.relpath(tmp_path / "logs"))
     assert result.returncode == (1 if is_kept else 0)
+    directories = [lab["directory"] for lab in json.loads(run_testbed("ls", "--json").stdout) if lab["name"] == name]
+    assert directories == [str(tmp_path / "logs")] * is_kept
     assert (f"testbed shell --lab {name} a|b" in result.stderr) is is_kept
     asked = run_testbed("exec", "--lab", name, "b", "--", "ip", "-brief", "address")
     assert ("10.0.0.2/24" in asked.stdout) is is_kept

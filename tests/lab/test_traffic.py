@@ -82,6 +82,14 @@ def test_answers_that_come_twice_do_not_hide_those_behind_them(lab: Lab) -> None
     assert (said["sent"], said["answered"]) == (5, 5)
 
 
+def test_an_answer_that_cannot_be_sent_does_not_end_the_udp_server(lab: Lab) -> None:
+    asking = ["python", "-m", "testbed.traffic", "udp-ask", "10.0.0.2", "--port", "7", "--timeout", "0.3"]
+    lab["server"].run(["ip", "route", "add", "unreachable", "10.0.0.1"])
+    assert lab["client"].run(asking, check=False, timeout=PATIENCE).returncode == 1
+    lab["server"].run(["ip", "route", "delete", "unreachable", "10.0.0.1"])
+    assert ask(lab, "udp-ask", "10.0.0.2", "--port", 7)["answered"] == 1
+
+
 def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) -> None:
     with lab["client"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as idle:
         idle.settimeout(PATIENCE)

@@ -125,6 +125,12 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param("send: {in: a, packet: {ip.dst: 10.0.0.2, udp.dport: x}}", "no packet can be made", id="value"),
         pytest.param("send: {in: a, packet: {ip.dst: server}}", "ip.dst is never 'server'", id="address"),
         pytest.param("send: {in: a, packet: {ib.dst: 10.0.0.2}}", "no layer 'ib', only frame", id="layer"),
+        pytest.param(
+            "send: {in: a, packet: {ip.dst: 10.0.0.2, udp.dport: [80, 443]}}",
+            "packet: several packets in one",
+            id="list",
+        ),
+        pytest.param('expect: {at: ["a:eth0", "a:eth0"]}', "expect.at: give two points", id="one point twice"),
         pytest.param("engine: {in: a, sockrefs: 1}", "engine.in: a has no engine", id="engine"),
         pytest.param("engine: {in: b, counters: {redirect: 1}}", "write hook.reason", id="counter"),
         pytest.param("engine: {in: b, counters: {PREROUTNG.redirect: 0}}", "did you mean 'PREROUTING'", id="hook"),
