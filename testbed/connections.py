@@ -19,6 +19,7 @@ from testbed.headers import IpPacket, TcpHeader
 from testbed.trace import Journey
 
 _Flow = tuple[int, frozenset[tuple[str, int | None]]]
+_Place = tuple[str, object]  # a point and a flow there; a node, and the ends of a socket's: its own first
 
 
 @dataclass(frozen=True)  # not slotted: what is asked often is kept
@@ -29,8 +30,14 @@ class Leg:
 
     @cached_property
     def opening(self) -> Journey:
-        """The packet that opened it: the SYN, or the first there is."""
-        return next((journey for journey in self.journeys if _is_syn(journey.packet)), self.journeys[0])
+        """The packet that opened it: the SYN, or the first there is; of its like, the one that got furthest."""
+        first = next((journey for journey in self.journeys if _is_syn(journey.packet)), self.journeys[0]).packet
+        alike = (
+            journey
+            for journey in self.journeys
+            if journey.packet.ends == first.ends and _is_syn(journey.packet) == _is_syn(first)
+        )
+        return max(alike, key=lambda journey: len(journey.hops))
 
     @property
     def began(self) -> int:
@@ -71,14 +78,15 @@ class Leg:
 
     def is_forward(self, journey: Journey) -> bool:
         """Does the packet go from the initiator to the responder?"""
-        for hop in journey.hops:
+        known = [hop for hop in journey.hops if hop.point in self._initiators]
+        for hop in known or journey.hops:
             packet = ip_of(hop.frame)
             sender, port = packet.source, packet.source_port
             if packet.icmp is not None and packet.icmp.embedded is not None:
                 # An error goes to the sender of the packet that it is about.
                 sender, port = packet.icmp.embedded.destination, packet.icmp.embedded.destination_port
-            initiator = self._initiators.get(hop.point)
-            if initiator is not None and sender == initiator[0] and port in (None, initiator[1]):
+            initiators = [self._initiators[hop.point]] if known else self._initiators.values()
+            if any(sender == address and port in (None, its_port) for address, its_port in initiators):
                 return True
         return False
 
@@ -111,7 +119,7 @@ def connections(journeys: Iterable[Journey]) -> list[Connection]:
     ending: defaultdict[str, list[list[Leg]]] = defaultdict(list)
     for leg in sorted(legs, key=lambda leg: leg.began):
         begin, end = leg.opening.hops[0], leg.opening.hops[-1]
-        nearby = ending[_node(begin.point)] if begin.frame.outgoing else []
+        nearby = ending[begin.frame.node] if begin.frame.outgoing else []
         # Of equally close ones the first: connections are relayed in the order in which they came.
         closest = max(nearby, key=lambda group: _kinship(group[-1], leg), default=None)
         if closest is not None and _kinship(closest[-1], leg):
@@ -121,15 +129,15 @@ def connections(journeys: Iterable[Journey]) -> list[Connection]:
             closest = [leg]
             groups.append(closest)
         if not end.frame.outgoing:
-            ending[_node(end.point)].append(closest)
+            ending[end.frame.node].append(closest)
     return [Connection(tuple(group)) for group in groups]
 
 
 def _grouped(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
-    """Journeys that share addresses at a point, directly or by way of others, belong together."""
-    roots: dict[tuple[str, _Flow], tuple[str, _Flow]] = {}
+    """Journeys that share addresses at a point or a socket, directly or by way of others, belong together."""
+    roots: dict[_Place, _Place] = {}
 
-    def root(place: tuple[str, _Flow]) -> tuple[str, _Flow]:
+    def root(place: _Place) -> _Place:
         while (above := roots.setdefault(place, place)) != place:
             roots[place] = roots[above]
             place = above
@@ -140,7 +148,7 @@ def _grouped(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
     for _, places in placed:
         for place in places[1:]:
             roots[root(place)] = root(places[0])
-    groups: defaultdict[tuple[str, _Flow], list[Journey]] = defaultdict(list)
+    groups: defaultdict[_Place, list[Journey]] = defaultdict(list)
     for journey, places in placed:
         if places:
             groups[root(places[0])].append(journey)
@@ -161,8 +169,17 @@ def _fragment_key(point: str, packet: IpPacket) -> object:
     return point, packet.source, packet.destination, packet.protocol, packet.layout.identification
 
 
-def _places(journey: Journey, fragments: dict[object, _Flow]) -> Iterator[tuple[str, _Flow]]:
-    """Point and flow of each hop; none when the packet belongs to no flow."""
+def _places(journey: Journey, fragments: dict[object, _Flow]) -> Iterator[_Place]:
+    """Point and flow of each hop, and the sockets at both ends; none when the packet belongs to no flow.
+
+    Only at its sockets does a connection meet itself whose answers take another way.
+    """
+    first, last = journey.first, journey.hops[-1].frame
+    if journey.packet.source_port is not None:
+        if first.outgoing:
+            yield first.node, (journey.packet.protocol, journey.packet.ends)
+        if not last.outgoing:
+            yield last.node, (journey.packet.protocol, ip_of(last).ends[::-1])
     for hop in journey.hops:
         packet = ip_of(hop.frame)
         if packet.icmp is not None and packet.icmp.embedded is not None:
@@ -174,8 +191,7 @@ def _places(journey: Journey, fragments: dict[object, _Flow]) -> Iterator[tuple[
 
 
 def _flow(packet: IpPacket) -> _Flow:
-    ends = ((packet.source, packet.source_port), (packet.destination, packet.destination_port))
-    return packet.protocol, frozenset(ends)
+    return packet.protocol, frozenset(packet.ends)
 
 
 def _split(journeys: Sequence[Journey]) -> Iterator[tuple[Journey, ...]]:
@@ -201,10 +217,6 @@ def _kinship(first: Leg, second: Leg) -> int:
     same_responder = first.responder == second.responder
     same_initiator = first.opening.packet.source == second.opening.packet.source
     return 4 * same_payload + 2 * same_responder + same_initiator
-
-
-def _node(point: str) -> str:
-    return point.partition(":")[0]
 
 
 def _is_syn(packet: IpPacket) -> bool:

@@ -164,7 +164,7 @@ def _looks_of(frame: Frame, packet: IpPacket) -> _Looks:
     )
     layout = packet.layout
     flags = packet.tcp.flags & _FLAGS if packet.tcp is not None else 0
-    return frame.point.partition(":")[0], ends, layout.end - layout.start, flags, about is not None
+    return frame.node, ends, layout.end - layout.start, flags, about is not None
 
 
 def _ends(flow: dict[str, Any] | None) -> _Ends | None:

@@ -18,7 +18,15 @@ _MOST_BYTES: Final = 256  # of a frame, in the listing of its bytes
 
 # How Scapy's text opens a layer and tells a field.
 _LAYER: Final = re.compile(r"###\[ (.+?) \]###")
-_FIELD: Final = re.compile(r"[\s|]*(\w+)\s*=")
+_FIELD: Final = re.compile(r"[\s|]*(?:(\w+)\s*=|\\(\w+)\s*\\)")
+
+# What changes.py calls otherwise than Scapy does.
+_NAMES: Final = {
+    "802.1q.vlan": "vlan",
+    "802_1ad.vlan": "vlan",
+    "icmpv6.data": "payload",
+    "raw.load": "payload",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +63,26 @@ def dissect(frame: Frame, changes: Collection[Change] = ()) -> Dissection:
 
 
 def _lines(text: str, changed: Collection[str]) -> list[Line]:
-    layer, lines = "", []
+    layer = embedded = ""
+    seen, lines = set(), []
     for line in text.splitlines():
         if opens := _LAYER.search(line):
-            name = opens[1].lower()
-            layer = f"embedded {name.removesuffix(' in icmp')}" if name.endswith(" in icmp") else name
-        field = _FIELD.match(line)
-        name = f"{layer}.{field[1]}" if field else ""
-        is_changed = name in changed or (layer == "raw" and field is not None and "payload" in changed)
-        lines.append(Line(_cut(line), is_changed))
+            layer, is_embedded = _layer_of(opens[1])
+            embedded = "embedded " if is_embedded else embedded
+        name = ""
+        if field := _FIELD.match(line):
+            own = f"{layer}.{field[1] or field[2]}"
+            name = embedded + _NAMES.get(own, own)
+        # What changed is the outer of two headers; of tags, it may be any.
+        lines.append(Line(_cut(line), name in changed and (name not in seen or name == "vlan")))
+        seen.add(name)
     return lines
+
+
+def _layer_of(shown: str) -> tuple[str, bool]:
+    """What changes.py calls a layer that Scapy shows so, and whether it is of the packet that an error is about."""
+    name, inside, _ = shown.lower().partition(" in icmp")
+    return "icmpv6" if name.startswith("icmpv6 ") else name, bool(inside)
 
 
 def _cut(line: str) -> str:

@@ -33,6 +33,11 @@ class Frame:
     half_checksum: bool = False
     number: int = 0
 
+    @property
+    def node(self) -> str:
+        """The node that the point is at."""
+        return self.point.partition(":")[0]
+
     @cached_property
     def ip(self) -> IpPacket | None:
         """The IP packet in it; None when there is none that can be read."""

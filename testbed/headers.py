@@ -36,6 +36,8 @@ _ICMP_ERRORS: Final = frozenset({3, 4, 5, 11, 12})
 _ICMPV6_ERRORS: Final = frozenset({1, 2, 3, 4})
 _ECHO: Final = {ICMP: (8, 0), ICMPV6: (128, 129)}
 
+Ends = tuple[tuple[str, int | None], tuple[str, int | None]]
+
 _WORD: Final = Struct("!H")
 _IPV4_HEADER: Final = Struct("!BBHHHBBH4s4s")
 _IPV6_HEADER: Final = Struct("!IHBB16s16s")
@@ -136,6 +138,11 @@ class IpPacket:
     def protocol(self) -> int:
         """The protocol number of the transport."""
         return self.layout.protocol
+
+    @property
+    def ends(self) -> Ends:
+        """Source and destination, each with its port."""
+        return (self.source, self.source_port), (self.destination, self.destination_port)
 
     @property
     def is_icmp_error(self) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import socket
 import struct
 import threading
@@ -192,11 +191,13 @@ def _hear_of_closed_sockets() -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as listener:
         listener.bind((0, _SOCKET_DESTROYED_GROUPS))
         # The event for the first socket of a kind may have to wait for modprobe: tcp_diag, udp_diag.
+        listener.settimeout(_ANSWER_SECONDS)
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             socket.socket(socket.AF_INET, kind).close()
-            if not select.select([listener], [], [], _ANSWER_SECONDS)[0]:
-                raise TimeoutError(f"no event for a closed {kind.name}")
-            listener.recv(65536)
+            try:
+                listener.recv(65536)
+            except TimeoutError as error:
+                raise TimeoutError(f"no event for a closed {kind.name}") from error
 
 
 def _open_tun() -> None:

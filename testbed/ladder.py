@@ -157,7 +157,7 @@ def _path(row: Row, grid: _Grid) -> Text:
     cells = [" "] * (grid.step * len(grid.points))
     styles = [_FORWARD if row.is_forward else _BACK] * len(cells)
     for (begin, before), (end, after) in pairwise(hops):
-        stroke = "┄" if _node(before.point) == _node(after.point) else "─"
+        stroke = "┄" if before.frame.node == after.frame.node else "─"
         inner = range(min(begin, end) + 1, max(begin, end))
         for place in inner:
             cells[place] = stroke
@@ -236,7 +236,3 @@ def _omission_line(omission: Omission, left: int, has_legs: bool) -> Text:
         parts.append(f"{mark}{'→' if is_forward else '←'} {packets}{data}")
     words = f"⋮ {omission.packets} more like these"
     return Text(f"{' ' * _TIME}{words.ljust(left - _TIME)}{'   '.join(parts)}", _FAINT)
-
-
-def _node(point: str) -> str:
-    return point.partition(":")[0]

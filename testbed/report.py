@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -149,7 +150,10 @@ def _traffic(lab: Lab, decisions: Sequence[Decision]) -> Traffic:
         capture.verify()
     except CaptureError as error:
         trouble = str(error)
-    frames = capture.frames()
+    try:
+        frames = capture.frames()
+    except CaptureError:  # the lab never came so far
+        return Traffic(trouble=trouble)
     read = _both_ends(frames, _MOST_FRAMES)
     found = connections(trace(read, capture.longest_hop))
     told = {id(frame) for each in found for _, journey in each.journeys for hop in journey.hops for frame in hop.frames}
@@ -267,7 +271,10 @@ def _text(value: object) -> str:
 def _end_of(log: Path) -> tuple[str, int]:
     """The end of a log, and how many bytes before it are left out."""
     try:
-        data = log.read_bytes()
+        with log.open("rb") as file:
+            left_out = max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES)
+            file.seek(left_out)
+            data = file.read(_LOG_BYTES)
     except OSError as error:
         return f"cannot be had: {error.strerror}", 0
-    return data[-_LOG_BYTES:].decode(errors="replace"), max(0, len(data) - _LOG_BYTES)
+    return data.decode(errors="replace"), left_out

@@ -169,7 +169,7 @@ def _cells(row: Row, points: Sequence[str], words: Sequence[Decision]) -> Iterat
     arrows = dict.fromkeys(points, "")
     for before, after in pairwise(hops):
         begin, end = points.index(before.point), points.index(after.point)
-        stroke = "inside" if _node(before) == _node(after) else "wire"
+        stroke = "inside" if before.frame.node == after.frame.node else "wire"
         for column in range(min(begin, end), max(begin, end)):
             strokes[column + 1] = stroke
         arrows[after.point] = "▶" if begin < end else "◀" if end < begin else ""
@@ -191,7 +191,3 @@ def _column_of(word: Decision, hops: Sequence[Hop]) -> str:
     """Where an engine's word is written: where it was said, or where the packet was seen last before that."""
     seen = [hop.point for hop in hops]
     return word.place if word.place in seen else next(at for at in reversed(seen) if at.startswith(f"{word.node}:"))
-
-
-def _node(hop: Hop) -> str:
-    return hop.point.partition(":")[0]

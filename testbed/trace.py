@@ -23,7 +23,7 @@ from typing import Final
 
 from testbed.changes import Change, changes_between
 from testbed.frames import Frame, ip_of
-from testbed.headers import IpPacket, TcpHeader
+from testbed.headers import Ends, IpPacket, TcpHeader
 
 # Seconds. A packet that was not seen for so long is lost; the next with its fingerprint is another.
 LONGEST_HOP: Final = 1.0
@@ -36,6 +36,8 @@ _LONGEST_SEGMENT: Final = 1 << 16
 
 # Thousands of equal datagrams may be under way at once.
 _MOST_COMPARED: Final = 64
+
+_LINK_SOURCE: Final = slice(6, 12)  # of an Ethernet frame
 
 _URG_AND_BELOW: Final = 0x3F  # the congestion bits above may be set on the way
 
@@ -95,7 +97,6 @@ def changes_of(before: Hop, after: Hop) -> list[tuple[Change, ...]]:
 
 
 _Place = tuple[str, bool]  # point and direction
-_Ends = tuple[tuple[str, int | None], tuple[str, int | None]]
 
 
 @dataclass(slots=True)
@@ -104,10 +105,10 @@ class _Draft:
 
     last: Frame
     hops: dict[_Place, list[Frame]] = field(default_factory=dict)
-    ends: set[_Ends] = field(default_factory=set)  # what its ends were called on the way
+    ends: set[Ends] = field(default_factory=set)  # what its ends were called on the way
 
     def add(self, frame: Frame) -> None:
-        self.ends.add(_ends(ip_of(frame)))
+        self.ends.add(ip_of(frame).ends)
         self.hops.setdefault(_place(frame), []).append(frame)
         self.last = frame
 
@@ -130,7 +131,7 @@ class _Siblings:
 
     drafts: list[_Draft] = field(default_factory=list)
     begin: dict[_Place, int] = field(default_factory=dict)
-    expected: dict[tuple[_Place, _Ends], _Expected] = field(default_factory=dict)
+    expected: dict[tuple[_Place, Ends], _Expected] = field(default_factory=dict)
 
 
 def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Journey]:
@@ -178,7 +179,7 @@ def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | N
     while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame, longest)):
         begin += 1
     siblings.begin[place] = begin
-    ends = _ends(ip_of(frame))
+    ends = ip_of(frame).ends
     expected = siblings.expected.setdefault((place, ends), _Expected(begin))
     expected.drafts += drafts[max(begin, expected.known) :]
     expected.known = len(drafts)
@@ -209,21 +210,20 @@ def _may_continue(draft: _Draft, frame: Frame) -> bool:
     if draft.last.point == frame.point:
         # In and out by the same door: routed, or it is not the same packet.
         return frame.outgoing and packet.layout.hop_limit < last.layout.hop_limit
+    if packet.layout.hop_limit == last.layout.hop_limit and draft.last.node == frame.node:
+        # Through a node without being routed: bridged, which leaves the link's addresses, or a program sent it on.
+        return draft.last.data[_LINK_SOURCE] == frame.data[_LINK_SOURCE]
     return packet.layout.hop_limit <= last.layout.hop_limit
 
 
 def _strangeness(draft: _Draft, frame: Frame) -> tuple[bool, bool]:
     """How little a frame looks like a journey's last; smaller is better."""
     last, packet = ip_of(draft.last), ip_of(frame)
-    return last.layout.identification != packet.layout.identification, _ends(last) != _ends(packet)
+    return last.layout.identification != packet.layout.identification, last.ends != packet.ends
 
 
 def _place(frame: Frame) -> _Place:
     return frame.point, frame.outgoing
-
-
-def _ends(packet: IpPacket) -> _Ends:
-    return (packet.source, packet.source_port), (packet.destination, packet.destination_port)
 
 
 def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:

@@ -15,6 +15,7 @@ import pytest
 from browser import Browser, browser
 from engine_lab import FOREIGN, engine_lab, until
 
+from testbed.capture import CaptureError
 from testbed.lab import Lab
 from testbed.report import report, write_report
 from testbed.topology import Readiness
@@ -190,6 +191,28 @@ def test_a_report_of_a_lab_that_has_ended_has_what_was_captured(tmp_path: Path) 
 def test_a_lab_without_captures_has_a_report_that_says_so(tmp_path: Path) -> None:
     with Lab(loads(NAT), tmp_path, capture=False) as lab:
         assert "nothing was captured" in report(lab)
+
+
+def test_a_lab_whose_captures_could_not_be_armed_has_a_report_that_says_so(tmp_path: Path) -> None:
+    setup = "setup: [ip link add made type veth peer name other]"
+    other = NAT.replace("  client:\n", f"  client: {{{setup}}}\n") + 'capture: ["client:nade"]\n'
+    lab = Lab(loads(other), tmp_path)
+    with pytest.raises(CaptureError), lab:
+        pytest.fail("it came up")
+    text = report(lab, "it never came up")
+    assert "the captures were never armed" in text
+    assert "it never came up" in text
+
+
+def test_of_a_log_the_end_is_shown_however_long_it_is(tmp_path: Path) -> None:
+    with Lab(loads(NAT), tmp_path / "lab", capture=False) as lab:
+        log = lab.logs["server", "endless"] = tmp_path / "endless.log"
+        log.touch()
+        os.truncate(log, 1 << 40)
+        with log.open("ab") as end:
+            end.write(b"the last words")
+        text = Page(write_report(lab, tmp_path / "report.html")).text
+    assert "the last words" in text
 
 
 def test_of_many_frames_and_connections_the_first_and_the_last_are_shown(

@@ -155,7 +155,11 @@ def test_a_lab_is_kept_for_a_look_when_a_step_failed(tmp_path: Path, step: str, 
     path.write_text(path.read_text().replace("  name: two", f"  name: {name}"))
     result = run_testbed("run", path, "--keep", "--directory", os.path.relpath(tmp_path / "logs"))
     assert result.returncode == (1 if is_kept else 0)
-    directories = [lab["directory"] for lab in json.loads(run_testbed("ls", "--json").stdout) if lab["name"] == name]
+    directories = [
+        os.path.normpath(lab["directory"])
+        for lab in json.loads(run_testbed("ls", "--json").stdout)
+        if lab["name"] == name
+    ]
     assert directories == [str(tmp_path / "logs")] * is_kept
     assert (f"testbed shell --lab {name} a|b" in result.stderr) is is_kept
     asked = run_testbed("exec", "--lab", name, "b", "--", "ip", "-brief", "address")

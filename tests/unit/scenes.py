@@ -23,17 +23,19 @@ class Scene:
         self.frames: list[Frame] = []
         self.now = 1_000_000_000_000
 
-    def see(self, point: str, packet: Packet, *, outgoing: bool, half: bool = False) -> Frame:
-        """One frame at one point."""
+    def see(self, point: str, packet: Packet, *, outgoing: bool, half: bool = False, sender: int = 1) -> Frame:
+        """One frame at one point; `sender` is the last byte of its link address."""
         self.now += _STEP_NS
-        data = bytes(Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / packet)
+        data = bytes(Ether(src=f"02:00:00:00:00:{sender:02x}", dst="02:00:00:00:01:00") / packet)
         frame = Frame(point, self.now, data, outgoing, half, len(self.frames) + 1)
         self.frames.append(frame)
         return frame
 
-    def go(self, *way: tuple[str, Packet]) -> list[Frame]:
+    def go(self, *way: tuple[str, Packet], sender: int = 1) -> list[Frame]:
         """A packet passes points: out of a node, into the next, out of it, and so on."""
-        return [self.see(point, packet, outgoing=index % 2 == 0) for index, (point, packet) in enumerate(way)]
+        return [
+            self.see(point, packet, outgoing=index % 2 == 0, sender=sender) for index, (point, packet) in enumerate(way)
+        ]
 
     def open(self, *way: tuple[str, int, int], port: int = 4000, seq: int = 0) -> None:
         """SYN and SYN ACK; the way has at each point the last bytes of source and destination there."""

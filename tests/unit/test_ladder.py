@@ -89,6 +89,15 @@ def test_a_packet_that_did_not_go_as_far_as_others_and_its_repetition_are_marked
     ]
 
 
+def test_what_was_lost_is_marked_although_most_were() -> None:
+    scene = Scene()
+    datagram = ip(1, 2, SENT) / UDP(sport=4000, dport=9)
+    for number in range(5):
+        data = datagram / bytes([number])
+        scene.go(*((point, data) for point in ((CLIENT, SERVER) if number == 4 else (CLIENT,))))
+    assert [row[-3:].count("✗") for row in rows_of(scene)] == [1, 1, 1, 1, 0]
+
+
 def test_what_only_carries_on_is_counted_and_what_is_special_is_shown() -> None:
     scene = Scene()
     way = (CLIENT, 1, 2), (SERVER, 1, 2)

@@ -70,12 +70,20 @@ def test_a_translated_reply_with_the_payload_of_the_request_is_a_packet_of_its_o
     assert ways(scene.frames) == [POINTS, POINTS[::-1]]
 
 
-def test_a_relayed_datagram_with_the_same_payload_is_a_packet_of_its_own() -> None:
+@pytest.mark.parametrize("hops", [SENT - 1, SENT], ids=["from afar", "from next door"])
+def test_a_relayed_datagram_with_the_same_payload_is_a_packet_of_its_own(hops: int) -> None:
     scene = Scene()
     datagram = UDP(sport=4000, dport=53) / b"question"
-    scene.go((CLIENT, ip(1, 2, SENT - 1) / datagram), (GATEWAY_IN, ip(1, 2, SENT - 1) / datagram))
-    scene.go((GATEWAY_OUT, ip(3, 2, SENT) / datagram), (SERVER, ip(3, 2, SENT) / datagram))
+    scene.go((CLIENT, ip(1, 2, hops) / datagram), (GATEWAY_IN, ip(1, 2, hops) / datagram), sender=1)
+    scene.go((GATEWAY_OUT, ip(3, 2, SENT) / datagram), (SERVER, ip(3, 2, SENT) / datagram), sender=2)
     assert ways(scene.frames) == [(CLIENT, GATEWAY_IN), (GATEWAY_OUT, SERVER)]
+
+
+def test_a_bridged_datagram_is_one_packet() -> None:
+    scene = Scene()
+    datagram = ip(1, 2, SENT) / UDP(sport=4000, dport=53) / b"question"
+    scene.go(*((point, datagram) for point in POINTS))
+    assert ways(scene.frames) == [POINTS]
 
 
 def test_a_packet_routed_back_out_by_the_door_it_came_in_is_one_journey() -> None:
@@ -180,6 +188,39 @@ def test_a_relayed_connection_is_two_legs(port: int) -> None:
         ("10.0.0.1:4000", {(CLIENT, GATEWAY_IN), (GATEWAY_IN, CLIENT)}),
         (f"10.0.0.1:{port}", {(GATEWAY_OUT, SERVER), (SERVER, GATEWAY_OUT)}),
     ]
+
+
+def test_a_relayed_connection_is_two_legs_although_its_first_packet_was_lost() -> None:
+    scene = Scene()
+    first = (CLIENT, 1, 2), (GATEWAY_IN, 1, 2)
+    scene.see(CLIENT, ip(1, 2, SENT) / TCP(sport=4000, dport=80, flags="S"), outgoing=True)
+    scene.wait(milliseconds=1100)
+    scene.open(*first)
+    talk(scene, (GATEWAY_OUT, 1, 2), (SERVER, 1, 2), port=5000, seq=7000)
+    scene.reset(*first)
+    (connection,) = connections_in(scene)
+    assert [leg.opening.points for leg in connection.legs] == [(CLIENT, GATEWAY_IN), (GATEWAY_OUT, SERVER)]
+
+
+def test_answers_that_take_another_way_belong_to_the_connection() -> None:
+    scene = Scene()
+    syn, answer = TCP(sport=4000, dport=80, flags="S"), TCP(sport=80, dport=4000, flags="SA", seq=500, ack=1)
+    scene.go((CLIENT, ip(1, 2, SENT) / syn), (SERVER, ip(1, 2, SENT) / syn))
+    scene.go(("server:eth1", ip(2, 1, SENT) / answer), ("client:eth1", ip(2, 1, SENT) / answer))
+    (connection,) = connections_in(scene)
+    ((_, there), (leg, back)) = connection.journeys
+    assert (leg.is_forward(there), leg.is_forward(back)) == (True, False)
+
+
+def test_packets_at_other_points_than_the_first_still_have_their_direction() -> None:
+    scene = Scene()
+    whole = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(3000)
+    scene.go((CLIENT, whole), (GATEWAY_IN, whole))
+    for part in fragment(ip(1, 2, ROUTED) / UDP(sport=4000, dport=9) / bytes(3000), 1000):
+        scene.go((GATEWAY_OUT, part), (SERVER, part))
+    scene.go(*((point, ip(2, 1, SENT) / UDP(sport=9, dport=4000)) for point in POINTS[::-1]))
+    (connection,) = connections_in(scene)
+    assert [leg.is_forward(journey) for leg, journey in connection.journeys] == [True] * 5 + [False]
 
 
 def test_a_connection_made_after_another_ended_is_not_its_second_leg() -> None:
