@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Final
 
 from testbed.changes import Change, changes_between
@@ -28,8 +28,8 @@ from testbed.headers import Ends, IpPacket, TcpHeader
 # Seconds. A packet that was not seen for so long is lost; the next with its fingerprint is another.
 LONGEST_HOP: Final = 1.0
 
-# What the pieces of a segment that a device cut differ in, and is no translation.
-_CUTTING: Final = frozenset({"ip.id", "tcp.seq", "tcp.flags", "payload"})
+# What the pieces of a segment that a device cut, or of a datagram, differ in, and is no translation.
+_CUTTING: Final = frozenset({"ip.id", "ip.frag", "tcp.seq", "tcp.flags", "payload"})
 
 # Of sequence numbers: no segment is longer, but with BIG TCP.
 _LONGEST_SEGMENT: Final = 1 << 16
@@ -91,12 +91,18 @@ def changes_of(before: Hop, after: Hop) -> list[tuple[Change, ...]]:
     lost = () if before_size == after_size else (Change("payload", f"{before_size} bytes", f"{after_size} bytes"),)
     return [
         (*(change for change in changes_between(first, second) if change.field not in _CUTTING), *lost)
-        for first in old
-        for second in new
+        for first in _with_headers(old)
+        for second in _with_headers(new)
     ]
 
 
+def _with_headers(pieces: list[Frame]) -> list[Frame]:
+    """Those that begin with a transport header: of a datagram, the first piece only."""
+    return [piece for piece in pieces if not ip_of(piece).layout.fragment_offset]
+
+
 _Place = tuple[str, bool]  # point and direction
+_Looks = tuple[int | None, Ends]  # identification and ends
 
 
 @dataclass(slots=True)
@@ -127,11 +133,17 @@ class _Expected:
 
 @dataclass(slots=True)
 class _Siblings:
-    """The journeys with one fingerprint, and for each place the first that may still come by there."""
+    """The journeys with one fingerprint, and for each place the first that may still come by there.
+
+    `alike` are those that were seen with certain looks; `first_alike`, for a place, the first of them that may still
+    come by there like that.
+    """
 
     drafts: list[_Draft] = field(default_factory=list)
     begin: dict[_Place, int] = field(default_factory=dict)
     expected: dict[tuple[_Place, Ends], _Expected] = field(default_factory=dict)
+    alike: defaultdict[_Looks, list[_Draft]] = field(default_factory=lambda: defaultdict(list))
+    first_alike: dict[tuple[_Place, _Looks], int] = field(default_factory=dict)
 
 
 def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Journey]:
@@ -146,11 +158,14 @@ def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Jou
         if frame.ip is None:
             continue
         siblings = by_fingerprint[_fingerprint(frame.ip)]
-        draft = _continued_by(frame, siblings, longest)
+        looks = _looks(frame)
+        draft = _unchanged(frame, looks, siblings, longest) or _continued_by(frame, siblings, longest)
         if draft is None:
             draft = _Draft(frame)
             drafts.append(draft)
             siblings.drafts.append(draft)
+        if not draft.hops or _looks(draft.last) != looks:
+            siblings.alike[looks].append(draft)
         draft.add(frame)
     return [_finished(draft) for draft in _with_pieces_joined(drafts)]
 
@@ -172,8 +187,24 @@ def _fingerprint(packet: IpPacket) -> object:
     return (*common, packet.payload)
 
 
+def _unchanged(frame: Frame, looks: _Looks, siblings: _Siblings, longest: int) -> _Draft | None:
+    """The first journey that a frame is the next hop of with the looks that it had, of some that were seen so."""
+    place, alike = _place(frame), siblings.alike[looks]
+    begin = siblings.first_alike.get((place, looks), 0)
+    while begin < len(alike) and (
+        place in alike[begin].hops or _is_lost(alike[begin], frame, longest) or _looks(alike[begin].last) != looks
+    ):
+        begin += 1
+    siblings.first_alike[place, looks] = begin
+    for draft in islice(alike, begin, begin + _MOST_COMPARED):
+        is_waiting = place not in draft.hops and not _is_lost(draft, frame, longest) and _looks(draft.last) == looks
+        if is_waiting and looks[1][::-1] not in draft.ends and _may_continue(draft, frame):
+            return draft
+    return None
+
+
 def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | None:
-    """The journey that a frame is the next hop of."""
+    """The journey that a frame is the next hop of, whatever changed on the way."""
     place, drafts = _place(frame), siblings.drafts
     begin = siblings.begin.get(place, 0)
     while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame, longest)):
@@ -222,22 +253,27 @@ def _strangeness(draft: _Draft, frame: Frame) -> tuple[bool, bool]:
     return last.layout.identification != packet.layout.identification, last.ends != packet.ends
 
 
+def _looks(frame: Frame) -> _Looks:
+    packet = ip_of(frame)
+    return packet.layout.identification, packet.ends
+
+
 def _place(frame: Frame) -> _Place:
     return frame.point, frame.outgoing
 
 
 def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
-    """Put the pieces of a segment that was cut on the way behind the whole segment's last hop."""
+    """Put the pieces of what was cut on the way behind the whole's last hop."""
     kept = []
     wholes: defaultdict[object, list[_Draft]] = defaultdict(list)
     for draft in drafts:
-        here, before = _cutting_keys(draft.first)
-        near = chain(wholes[before], wholes[here]) if here is not None else ()
+        own, searched = _cutting_keys(draft.first)
+        near = chain.from_iterable(wholes[key] for key in searched)
         whole = next((whole for whole in near if _is_piece_of(draft.first, whole.first)), None)
         if whole is None:
             kept.append(draft)
-            if here is not None:
-                wholes[here].append(draft)
+            if own is not None:
+                wholes[own].append(draft)
         else:
             for frames in draft.hops.values():
                 for frame in frames:
@@ -245,26 +281,41 @@ def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
     return kept
 
 
-def _cutting_keys(frame: Frame) -> tuple[object, object]:
-    """Where segments are that it may be a piece of: in its own stretch of numbers, or in that before.
+def _cutting_keys(frame: Frame) -> tuple[object, tuple[object, ...]]:
+    """Where its pieces look for it, or None; and where that is of which it may be a piece.
 
-    None for what is no TCP data.
+    Segments of TCP are in stretches of numbers: its own, or that before. Datagrams are known by their identification;
+    in IPv6 no router cuts them (RFC 8200 section 5).
     """
-    packet = frame.ip
-    if packet is None or packet.tcp is None or not packet.payload:
-        return None, None
-    common = packet.layout.version, packet.tcp.ack, packet.tcp.options
-    stretch = packet.tcp.seq // _LONGEST_SEGMENT
-    return (*common, stretch), (*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT))
+    packet = ip_of(frame)
+    version, identification = packet.layout.version, packet.layout.identification
+    if packet.tcp is not None and packet.payload:
+        common = version, packet.tcp.ack, packet.tcp.options
+        stretch = packet.tcp.seq // _LONGEST_SEGMENT
+        own = (*common, stretch)
+        return own, ((*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT)), own)
+    if packet.tcp is None and version == 4:
+        key = packet.protocol, identification
+        return (None, (key,)) if packet.layout.is_fragment else (key, ())
+    return None, ()
 
 
 def _is_piece_of(frame: Frame, whole: Frame) -> bool:
     piece, data = ip_of(frame), ip_of(whole)
     size = len(piece.payload)
-    if piece.tcp is None or data.tcp is None or size >= len(data.payload) or frame.point == whole.point:
+    if size >= len(data.payload) or frame.point == whole.point:
         return False
-    offset = (piece.tcp.seq - data.tcp.seq) % (1 << 32)
+    if piece.tcp is not None and data.tcp is not None:
+        offset = (piece.tcp.seq - data.tcp.seq) % (1 << 32)
+    else:
+        # Of the payload, which is behind the transport's header: that is in the first piece.
+        offset = max(0, piece.layout.fragment_offset - _header_size(data))
     return data.payload[offset : offset + size] == piece.payload
+
+
+def _header_size(packet: IpPacket) -> int:
+    """Bytes of the transport's header."""
+    return packet.layout.end - packet.layout.transport - len(packet.payload)
 
 
 def _finished(draft: _Draft) -> Journey:
@@ -285,8 +336,10 @@ def _in_order(frames: tuple[Frame, ...]) -> list[Frame]:
 
 def _offset(first: Frame, piece: Frame) -> int:
     """How far a piece is behind another, or before (RFC 9293 section 3.4)."""
-    numbers = [tcp.seq for frame in (first, piece) if (tcp := ip_of(frame).tcp) is not None]
-    return (numbers[-1] - numbers[0] + (1 << 31)) % (1 << 32)
+    one, other = ip_of(first), ip_of(piece)
+    if one.tcp is None or other.tcp is None:
+        return other.layout.fragment_offset
+    return (other.tcp.seq - one.tcp.seq + (1 << 31)) % (1 << 32)
 
 
 def _sizes(frames: list[Frame]) -> list[int]:

@@ -112,6 +112,16 @@ def test_the_identification_tells_equal_datagrams_apart_when_one_is_lost() -> No
     assert ways(scene.frames) == [(CLIENT,), (CLIENT, SERVER)]
 
 
+@BOTH
+def test_a_datagram_is_found_again_behind_many_equal_ones_that_ended_before(net: Net) -> None:
+    scene = Scene()
+    for port in range(1000, 1100):
+        redirected = net(1, 2, SENT) / UDP(sport=4000, dport=port) / b"x"
+        scene.go((CLIENT, redirected), (GATEWAY_IN, redirected))
+    scene.go(*forward(net, *[UDP(sport=4000, dport=81) / b"x"] * 2, source=1))
+    assert ways(scene.frames)[-1] == POINTS
+
+
 def test_what_was_not_seen_for_a_second_is_lost() -> None:
     scene = Scene()
     datagram = ipv6(1, 2, SENT) / UDP(dport=9)
@@ -133,6 +143,27 @@ def test_a_segment_cut_on_the_way_is_one_journey_with_its_pieces() -> None:
     (journey,) = trace(scene.frames)
     assert [(hop.point, len(hop.frames)) for hop in journey.hops] == list(zip(POINTS, (1, 1, 3, 3), strict=True))
     assert [change.field for change in journey.hops[2].changes] == ["ip.src", "ip.ttl", "tcp.sport"]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "the last first"])
+def test_a_datagram_cut_on_the_way_is_one_journey_with_its_pieces(order: int) -> None:
+    scene = Scene()
+    sent, routed = (ip(1, 2, hops) / UDP(sport=4000, dport=9) / bytes(range(250)) for hops in (SENT, ROUTED))
+    scene.go((CLIENT, sent), (GATEWAY_IN, sent))
+    for point, outgoing in ((GATEWAY_OUT, True), (SERVER, False)):
+        for piece in fragment(routed, 100)[::order]:
+            scene.see(point, piece, outgoing=outgoing)
+    (journey,) = trace(scene.frames)
+    assert [(hop.point, len(hop.frames)) for hop in journey.hops] == list(zip(POINTS, (1, 1, 3, 3), strict=True))
+    assert [str(change) for hop in journey.hops for change in hop.changes] == ["ip.ttl 64→63"]
+
+
+def test_pieces_of_another_datagram_with_the_same_identification_are_not_joined_to_it() -> None:
+    scene = Scene()
+    scene.go((CLIENT, ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(200)))
+    for piece in fragment(ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(range(200)), 100):
+        scene.see(SERVER, piece, outgoing=False)
+    assert ways(scene.frames) == [(CLIENT,), (SERVER,), (SERVER,), (SERVER,)]
 
 
 def test_an_icmp_error_is_followed_with_what_changed_inside_it() -> None:
@@ -214,13 +245,12 @@ def test_answers_that_take_another_way_belong_to_the_connection() -> None:
 
 def test_packets_at_other_points_than_the_first_still_have_their_direction() -> None:
     scene = Scene()
-    whole = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(3000)
-    scene.go((CLIENT, whole), (GATEWAY_IN, whole))
-    for part in fragment(ip(1, 2, ROUTED) / UDP(sport=4000, dport=9) / bytes(3000), 1000):
-        scene.go((GATEWAY_OUT, part), (SERVER, part))
+    datagram = UDP(sport=4000, dport=9)
+    scene.go(*((point, ip(1, 2, SENT) / datagram / b"said") for point in (CLIENT, GATEWAY_IN)))
+    scene.go(*((point, ip(1, 2, ROUTED) / datagram / b"retold") for point in (GATEWAY_OUT, SERVER)))
     scene.go(*((point, ip(2, 1, SENT) / UDP(sport=9, dport=4000)) for point in POINTS[::-1]))
     (connection,) = connections_in(scene)
-    assert [leg.is_forward(journey) for leg, journey in connection.journeys] == [True] * 5 + [False]
+    assert [leg.is_forward(journey) for leg, journey in connection.journeys] == [True, True, False]
 
 
 def test_a_connection_made_after_another_ended_is_not_its_second_leg() -> None:
