@@ -27,7 +27,8 @@ from testbed.conversations import Conversation, conversations
 from testbed.failure import ExpectationError, Failure, FrameSource, amount_text
 from testbed.frames import Frame
 from testbed.matching import Match, Matcher, matcher_of
-from testbed.trace import Hop, Journey, changes_of, trace
+from testbed.pieces import changes_of
+from testbed.trace import Hop, Journey, trace
 
 __all__ = ["ExpectationError", "Expectations", "Watch"]
 
@@ -299,7 +300,7 @@ class _Pair:
         again = self.journey.at(self.second)
         if again is None:
             return f"was not seen at {self.second}, last at {self.journey.points[-1]}"
-        pieces = changes_of(self.hop, again)
+        pieces = changes_of(self.hop.frames, again.frames)
         changed = dict.fromkeys(chain.from_iterable(pieces))
         unwanted = [str(change) for change in changed if change.field not in wanted | HOP_LIMITS]
         kept = sorted({name for changes in pieces for name in wanted - {change.field for change in changes}})

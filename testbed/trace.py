@@ -1,7 +1,7 @@
 """Traces: which frames at several points are one and the same packet.
 
 Owns: the correlation of frames, although addresses and ports change on the way. Pure: frames in, journeys out. Must not
-know connections (connections.py) or how a journey is drawn (ladder.py).
+know connections (connections.py) or how a journey is drawn (ladder.py). What was cut on the way, pieces.py knows.
 
 What stays the same under translation makes a packet's fingerprint: sequence numbers, flags and payload of TCP, payload
 of UDP, sequence and payload of an echo, what an ICMP error says. Among packets with one fingerprint (a retransmission,
@@ -17,22 +17,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain, islice
 from typing import Final
 
-from testbed.changes import Change, changes_between
+from testbed.changes import Change
 from testbed.frames import Frame, ip_of
 from testbed.headers import Ends, IpPacket, TcpHeader
+from testbed.pieces import changes_of, cutting_keys, is_piece_of
 
 # Seconds. A packet that was not seen for so long is lost; the next with its fingerprint is another.
 LONGEST_HOP: Final = 1.0
-
-# What the pieces of a segment that a device cut, or of a datagram, differ in, and is no translation.
-_CUTTING: Final = frozenset({"ip.id", "ip.frag", "tcp.seq", "tcp.flags", "payload"})
-
-# Of sequence numbers: no segment is longer, but with BIG TCP.
-_LONGEST_SEGMENT: Final = 1 << 16
 
 # Thousands of equal datagrams may be under way at once.
 _MOST_COMPARED: Final = 64
@@ -80,25 +74,6 @@ class Journey:
     def at(self, point: str) -> Hop | None:
         """The hop at a point; None when the packet was not seen there."""
         return next((hop for hop in self.hops if hop.point == point), None)
-
-
-def changes_of(before: Hop, after: Hop) -> list[tuple[Change, ...]]:
-    """What changed from one hop to another, for each piece, apart from having been cut or joined."""
-    old, new = _in_order(before.frames), _in_order(after.frames)
-    if _sizes(old) == _sizes(new):
-        return [changes_between(first, second) for first, second in zip(old, new, strict=True)]
-    before_size, after_size = sum(_sizes(old)), sum(_sizes(new))
-    lost = () if before_size == after_size else (Change("payload", f"{before_size} bytes", f"{after_size} bytes"),)
-    return [
-        (*(change for change in changes_between(first, second) if change.field not in _CUTTING), *lost)
-        for first in _with_headers(old)
-        for second in _with_headers(new)
-    ]
-
-
-def _with_headers(pieces: list[Frame]) -> list[Frame]:
-    """Those that begin with a transport header: of a datagram, the first piece only."""
-    return [piece for piece in pieces if not ip_of(piece).layout.fragment_offset]
 
 
 _Place = tuple[str, bool]  # point and direction
@@ -191,23 +166,24 @@ def _unchanged(frame: Frame, looks: _Looks, siblings: _Siblings, longest: int) -
     """The first journey that a frame is the next hop of with the looks that it had, of some that were seen so."""
     place, alike = _place(frame), siblings.alike[looks]
     begin = siblings.first_alike.get((place, looks), 0)
-    while begin < len(alike) and (
-        place in alike[begin].hops or _is_lost(alike[begin], frame, longest) or _looks(alike[begin].last) != looks
-    ):
+    while begin < len(alike) and (_is_past(alike[begin], frame, longest) or _looks(alike[begin].last) != looks):
         begin += 1
     siblings.first_alike[place, looks] = begin
-    for draft in islice(alike, begin, begin + _MOST_COMPARED):
-        is_waiting = place not in draft.hops and not _is_lost(draft, frame, longest) and _looks(draft.last) == looks
-        if is_waiting and looks[1][::-1] not in draft.ends and _may_continue(draft, frame):
-            return draft
-    return None
+    return next(
+        (
+            draft
+            for draft in islice(alike, begin, begin + _MOST_COMPARED)
+            if _looks(draft.last) == looks and not _is_past(draft, frame, longest) and _may_continue(draft, frame)
+        ),
+        None,
+    )
 
 
 def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | None:
     """The journey that a frame is the next hop of, whatever changed on the way."""
     place, drafts = _place(frame), siblings.drafts
     begin = siblings.begin.get(place, 0)
-    while begin < len(drafts) and (place in drafts[begin].hops or _is_lost(drafts[begin], frame, longest)):
+    while begin < len(drafts) and _is_past(drafts[begin], frame, longest):
         begin += 1
     siblings.begin[place] = begin
     ends = ip_of(frame).ends
@@ -220,7 +196,7 @@ def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | N
     looked = 0
     for draft in expected.drafts:
         looked += 1
-        if place in draft.hops or _is_lost(draft, frame, longest) or ends[::-1] in draft.ends:
+        if _is_past(draft, frame, longest) or ends[::-1] in draft.ends:
             continue
         kept.append(draft)
         if _may_continue(draft, frame):
@@ -230,6 +206,11 @@ def _continued_by(frame: Frame, siblings: _Siblings, longest: int) -> _Draft | N
     expected.drafts[:looked] = kept
     # min keeps the first of equals, and that is the one which began first.
     return min(possible, key=lambda draft: _strangeness(draft, frame), default=None)
+
+
+def _is_past(draft: _Draft, frame: Frame, longest: int) -> bool:
+    """Was it at the frame's place before, or is it lost?"""
+    return _place(frame) in draft.hops or _is_lost(draft, frame, longest)
 
 
 def _is_lost(draft: _Draft, frame: Frame, longest: int) -> bool:
@@ -267,9 +248,9 @@ def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
     kept = []
     wholes: defaultdict[object, list[_Draft]] = defaultdict(list)
     for draft in drafts:
-        own, searched = _cutting_keys(draft.first)
+        own, searched = cutting_keys(draft.first)
         near = chain.from_iterable(wholes[key] for key in searched)
-        whole = next((whole for whole in near if _is_piece_of(draft.first, whole.first)), None)
+        whole = next((whole for whole in near if is_piece_of(draft.first, whole.first)), None)
         if whole is None:
             kept.append(draft)
             if own is not None:
@@ -281,66 +262,12 @@ def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
     return kept
 
 
-def _cutting_keys(frame: Frame) -> tuple[object, tuple[object, ...]]:
-    """Where its pieces look for it, or None; and where that is of which it may be a piece.
-
-    Segments of TCP are in stretches of numbers: its own, or that before. Datagrams are known by their identification;
-    in IPv6 no router cuts them (RFC 8200 section 5).
-    """
-    packet = ip_of(frame)
-    version, identification = packet.layout.version, packet.layout.identification
-    if packet.tcp is not None and packet.payload:
-        common = version, packet.tcp.ack, packet.tcp.options
-        stretch = packet.tcp.seq // _LONGEST_SEGMENT
-        own = (*common, stretch)
-        return own, ((*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT)), own)
-    if packet.tcp is None and version == 4:
-        key = packet.protocol, identification
-        return (None, (key,)) if packet.layout.is_fragment else (key, ())
-    return None, ()
-
-
-def _is_piece_of(frame: Frame, whole: Frame) -> bool:
-    piece, data = ip_of(frame), ip_of(whole)
-    size = len(piece.payload)
-    if size >= len(data.payload) or frame.point == whole.point:
-        return False
-    if piece.tcp is not None and data.tcp is not None:
-        offset = (piece.tcp.seq - data.tcp.seq) % (1 << 32)
-    else:
-        # Of the payload, which is behind the transport's header: that is in the first piece.
-        offset = max(0, piece.layout.fragment_offset - _header_size(data))
-    return data.payload[offset : offset + size] == piece.payload
-
-
-def _header_size(packet: IpPacket) -> int:
-    """Bytes of the transport's header."""
-    return packet.layout.end - packet.layout.transport - len(packet.payload)
-
-
 def _finished(draft: _Draft) -> Journey:
     hops: list[Hop] = []
     for frames in draft.hops.values():
         hop = Hop(frames[0].point, tuple(frames))
         if hops:
-            changes = dict.fromkeys(chain.from_iterable(changes_of(hops[-1], hop)))
+            changes = dict.fromkeys(chain.from_iterable(changes_of(hops[-1].frames, hop.frames)))
             hop = replace(hop, changes=tuple(changes))
         hops.append(hop)
     return Journey(tuple(hops))
-
-
-def _in_order(frames: tuple[Frame, ...]) -> list[Frame]:
-    """Pieces as the segment had them, however they came."""
-    return list(frames) if len(frames) == 1 else sorted(frames, key=partial(_offset, frames[0]))
-
-
-def _offset(first: Frame, piece: Frame) -> int:
-    """How far a piece is behind another, or before (RFC 9293 section 3.4)."""
-    one, other = ip_of(first), ip_of(piece)
-    if one.tcp is None or other.tcp is None:
-        return other.layout.fragment_offset
-    return (other.tcp.seq - one.tcp.seq + (1 << 31)) % (1 << 32)
-
-
-def _sizes(frames: list[Frame]) -> list[int]:
-    return [len(ip_of(frame).payload) for frame in frames]

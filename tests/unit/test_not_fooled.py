@@ -283,7 +283,7 @@ def test_few_are_compared_for_the_ladder_of_many_frames(
 
         monkeypatch.setattr(module, name, counting)
 
-    for name in ("_is_lost", "_may_continue", "_strangeness", "_is_piece_of"):
+    for name in ("_is_lost", "_may_continue", "_strangeness", "is_piece_of"):
         counted(testbed.trace, name)
     counted(testbed.connections, "_kinship")
     scene = Scene()

@@ -158,6 +158,16 @@ def test_a_datagram_cut_on_the_way_is_one_journey_with_its_pieces(order: int) ->
     assert [str(change) for hop in journey.hops for change in hop.changes] == ["ip.ttl 64→63"]
 
 
+def test_what_of_a_datagram_was_lost_on_the_way_has_changed() -> None:
+    scene = Scene()
+    sent = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(range(200))
+    scene.go((CLIENT, sent))
+    scene.see(SERVER, fragment(sent, 100)[1], outgoing=False)
+    (journey,) = trace(scene.frames)
+    assert journey.points == (CLIENT, SERVER)
+    assert "payload" in [change.field for change in journey.hops[1].changes]
+
+
 def test_pieces_of_another_datagram_with_the_same_identification_are_not_joined_to_it() -> None:
     scene = Scene()
     scene.go((CLIENT, ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(200)))
