@@ -144,7 +144,8 @@ class Program:
             if left <= 0:
                 raise ServiceError(f"{self.label} was not ready after {self._ready.within:g} s{self.tail()}")
             _await([self._ended, *([notify] if self._ready.notify else [])], min(left, self._patience()))
-        self.check()
+        if self.has_failed:
+            raise ServiceError(self.account())
 
     def _patience(self) -> float:
         """How long to wait for an event before looking again."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,24 @@ def test_a_program_that_does_not_get_ready_is_told_with_its_last_words_and_ended
         Program("a/x", command, namespace, tmp_path / "log", ready)
     assert message in str(caught.value)
     assert open_descriptors() == descriptors
+
+
+@pytest.mark.parametrize("ready", [Readiness(), NOTIFY], ids=["at once", "notify"])
+def test_a_program_may_be_done_before_anybody_looks(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: Readiness
+) -> None:
+    start = Program._start
+
+    def start_and_end(*given: Any) -> subprocess.Popen[bytes]:
+        process = start(*given)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return process
+
+    monkeypatch.setattr(Program, "_start", start_and_end)
+    words = shell("echo >&{notify_fd}") if ready.notify else ("true",)
+    program = Program("a/x", words, namespace, tmp_path / "log", ready)
+    assert not program.has_failed
+    program.stop()
 
 
 def test_a_line_of_an_earlier_run_makes_nobody_ready(namespace: Namespace, tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_a_datagram_is_found_again_behind_many_equal_ones_that_ended_before(net:
     for port in range(1000, 1100):
         redirected = net(1, 2, SENT) / UDP(sport=4000, dport=port) / b"x"
         scene.go((CLIENT, redirected), (GATEWAY_IN, redirected))
-    scene.go(*forward(net, *[UDP(sport=4000, dport=81) / b"x"] * 2, source=1))
+    datagram = UDP(sport=4000, dport=81) / b"x"
+    scene.go(*forward(net, datagram, datagram, source=1))
     assert ways(scene.frames)[-1] == POINTS
 
 
