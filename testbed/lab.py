@@ -11,6 +11,7 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
@@ -50,6 +51,8 @@ from testbed.warden_handle import WardenHandle
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
     from scapy.packet import Packet
+
+__tracebackhide__ = methodcaller("errisinstance", TestbedError)  # pytest shows where the test called
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _ANSWER_PATIENCE: Final = 2.0  # seconds for an answer to a crafted packet
@@ -121,9 +124,9 @@ class NodeHandle:
                         raise
                 entry.end(f"exit status {running.returncode}", is_bad=check and running.returncode != 0)
         except OSError as error:
-            raise LabError(f"{self.name}: cannot run {command[0]!r}: {error.strerror}") from error
-        except subprocess.TimeoutExpired as error:
-            raise LabError(f"{self.name}: {' '.join(command)} took longer than {timeout:g} s") from error
+            raise LabError(f"{self.name}: cannot run {command[0]!r}: {error.strerror}") from None
+        except subprocess.TimeoutExpired:
+            raise LabError(f"{self.name}: {' '.join(command)} took longer than {timeout:g} s") from None
         if check and running.returncode:
             raise LabError(f"{self.name}: {' '.join(command)} failed ({running.returncode}): {errors or output}")
         return subprocess.CompletedProcess(list(command), running.returncode, output, errors)
@@ -148,7 +151,7 @@ class NodeHandle:
         try:
             return act()
         except craft.CraftError as error:
-            raise LabError(f"{self.name}: {error}") from error
+            raise LabError(f"{self.name}: {error}") from None
 
     def start(self, name: str, command: Sequence[str], ready: Readiness | None = None) -> Program:
         """Start a program that runs until the lab ends, or `stop`."""

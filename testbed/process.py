@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,8 @@ from testbed.errors import TestbedError
 from testbed.netns import Namespace
 from testbed.owner import environment
 from testbed.topology import Readiness
+
+__tracebackhide__ = methodcaller("errisinstance", TestbedError)  # pytest shows where the test called
 
 _GRACE: Final = 3.0  # seconds between SIGTERM and SIGKILL
 _LAST_BREATH: Final = 0.5  # seconds from the closing of a process's descriptors to its end
@@ -133,7 +136,7 @@ class Program:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise ServiceError(f"{self.label}: cannot start {words[0]!r}: {error.strerror}") from error
+            raise ServiceError(f"{self.label}: cannot start {words[0]!r}: {error.strerror}") from None
 
     def _wait_ready(self, notify: int) -> None:
         """Wait until it says that it is ready."""

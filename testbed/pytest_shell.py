@@ -73,3 +73,4 @@ def _uncaptured(config: pytest.Config) -> Iterator[None]:
         yield
     finally:
         capturing.resume()
+        capturing.suspend()  # between tests, where we are called, only standard input is taken

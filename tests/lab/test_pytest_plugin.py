@@ -220,6 +220,36 @@ def test_an_expectation_that_fails_points_at_the_test(project: pytest.Pytester) 
     result.stdout.no_fnmatch_line("*def expect(*")
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param('run(["no-such-program"])', "a: cannot run 'no-such-program': No such file", id="no program"),
+        pytest.param('run(["sh", "-c", "exit 3"])', "a: sh -c exit 3 failed (3)", id="failed"),
+        pytest.param('run(["sleep", "9"], timeout=0.1)', "a: sleep 9 took longer than 0.1 s", id="too long"),
+        pytest.param('start("s", ["sleep", "9"], Readiness(port=9, within=0.1))', "a/s was not ready", id="not ready"),
+        pytest.param('start("s", ["no-such-program"])', "a/s: cannot start 'no-such-program'", id="no service"),
+        pytest.param('send(IP(dst="203.0.113.1"))', "a: 203.0.113.1: Network is unreachable", id="not sent"),
+    ],
+)
+def test_what_a_lab_cannot_do_points_at_the_test(project: pytest.Pytester, call: str, message: str) -> None:
+    project.makepyfile(
+        test_it=f"""
+        import pytest
+        from scapy.layers.inet import IP
+        from testbed.topology import Readiness
+
+        @pytest.mark.topology("lab.yaml")
+        def test_it(lab):
+            lab["a"].{call}
+        """
+    )
+    lines = run(project).stdout.lines
+    failure = lines[next(at for at, line in enumerate(lines) if "FAILURES" in line) :]
+    assert f'>       lab["a"].{call}' in failure
+    assert any(line.startswith("E") and message in line for line in failure)
+    assert not [line for line in failure if " def " in line and "test_it" not in line]
+
+
 # ---- artefacts ----
 
 
@@ -521,6 +551,7 @@ def test_a_failed_test_stops_in_a_shell_inside_the_lab(project: pytest.Pytester,
     project.makepyfile(test_it=FAILS_WITH_ENGINE)
     command = [sys.executable, "-m", "pytest", *WITHOUT, "--lab-shell"]
     with contextlib.closing(Terminal(command, project.path)) as terminal:
+        terminal.await_text("test session starts")
         terminal.await_text(r"test_it.py::test_fails failed.*'the answer' == 42")
         terminal.await_text(rf"The lab {name} is alive, and this is a shell in b.*--lab {name} a\|b")
         terminal.type("ip -brief address show eth0; tproxyctl -S | tail -1")
@@ -528,7 +559,8 @@ def test_a_failed_test_stops_in_a_shell_inside_the_lab(project: pytest.Pytester,
         other = run_testbed("exec", "--lab", name, "a", "--", "ip", "-brief", "address", "show", "eth0")
         assert "10.0.0.1/24" in other.stdout, other.stderr
         terminal.type("exit")
-        terminal.await_text("1 failed")
+        summary = terminal.await_text("FAILURES.*1 failed")[0]
+        assert "Captured" not in summary
         assert terminal.process.wait(PATIENCE) == 1
     assert name not in [record.name for record in registry.records()]
 
