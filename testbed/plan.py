@@ -324,14 +324,14 @@ def _link_locals(topology: Topology) -> dict[str, Address]:
     found: dict[str, Address] = {}
     for segment in topology.segments():
         ipv6 = {end.label: [address for address in end.addresses if address.version == 6] for end in segment}
-        taken = {address.ip for addresses in ipv6.values() for address in addresses if address.is_link_local}
+        taken = {int(address) for addresses in ipv6.values() for address in addresses if address.is_link_local}
         for label, addresses in ipv6.items():
             if not addresses or any(address.is_link_local for address in addresses):
                 continue
-            lower_half = int(addresses[0].ip) & (1 << 64) - 1
-            ip = ipaddress.IPv6Address(_LINK_LOCAL | lower_half)
-            if not lower_half or ip in taken:
-                ip = ipaddress.IPv6Address(_LINK_LOCAL | 0xFF << 16 | indexes[label])
-            taken.add(ip)
-            found[label] = ipaddress.IPv6Interface((ip, 64))
+            lower_half = int(addresses[0]) & (1 << 64) - 1
+            number = _LINK_LOCAL | lower_half
+            if not lower_half or number in taken:
+                number = _LINK_LOCAL | 0xFF << 16 | indexes[label]
+            taken.add(number)
+            found[label] = ipaddress.IPv6Interface((number, 64))  # an address would be written out and read again
     return found
