@@ -175,11 +175,11 @@ def _places(journey: Journey, fragments: dict[object, _Flow]) -> Iterator[_Place
     Only at its sockets does a connection meet itself whose answers take another way.
     """
     first, last = journey.first, journey.hops[-1].frame
-    if journey.packet.source_port is not None:
-        if first.outgoing:
-            yield first.node, (journey.packet.protocol, journey.packet.ends)
-        if not last.outgoing:
-            yield last.node, (journey.packet.protocol, ip_of(last).ends[::-1])
+    sent, received = journey.packet, ip_of(last)
+    if first.outgoing and sent.source_port is not None:
+        yield first.node, (sent.protocol, sent.ends)
+    if not last.outgoing and received.source_port is not None:
+        yield last.node, (received.protocol, received.ends[::-1])
     for hop in journey.hops:
         packet = ip_of(hop.frame)
         if packet.icmp is not None and packet.icmp.embedded is not None:

@@ -131,15 +131,20 @@ def errors_at(hop: Hop) -> list[str]:
 def _furthest_points(connection: Connection) -> dict[tuple[int, bool], str]:
     """Where the packets of a leg and direction end as a rule; of two places, the one with the longer way.
 
-    A place where packets were received counts before one that they left and never got anywhere from.
+    A place that some left by a wire, and got somewhere, is no end: whatever was seen last there was lost.
     """
-    ends: defaultdict[tuple[int, bool], Counter[tuple[bool, str]]] = defaultdict(Counter)
+    ends: defaultdict[tuple[int, bool], Counter[str]] = defaultdict(Counter)
+    left: defaultdict[tuple[int, bool], set[str]] = defaultdict(set)
     longest: defaultdict[str, int] = defaultdict(int)
     for leg, journey in connection.journeys:
-        last = journey.hops[-1]
-        ends[connection.legs.index(leg), leg.is_forward(journey)][not last.frame.outgoing, last.point] += 1
-        longest[last.point] = max(longest[last.point], len(journey.hops))
-    return {kind: max(count, key=lambda end: (end[0], count[end], longest[end[1]]))[1] for kind, count in ends.items()}
+        kind, end = (connection.legs.index(leg), leg.is_forward(journey)), journey.points[-1]
+        ends[kind][end] += 1
+        left[kind] |= {hop.point for hop in journey.hops[:-1] if hop.frame.outgoing}
+        longest[end] = max(longest[end], len(journey.hops))
+    return {
+        kind: max(count, key=lambda end: (end not in left[kind], count[end], longest[end]))
+        for kind, count in ends.items()
+    }
 
 
 class _Numbers:

@@ -20,23 +20,21 @@ _CUTTING: Final = frozenset({"ip.id", "ip.frag", "tcp.seq", "tcp.flags", "payloa
 _LONGEST_SEGMENT: Final = 1 << 16
 
 
-def cutting_keys(frame: Frame) -> tuple[object, tuple[object, ...]]:
-    """Where its pieces look for it, or None; and where that is of which it may be a piece.
+def cutting_keys(frame: Frame) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Where its pieces look for it; and where that is of which it may be a piece.
 
-    Segments of TCP are in stretches of numbers: its own, or that before. Datagrams are known by their identification;
-    in IPv6 no router cuts them (RFC 8200 section 5).
+    Segments of TCP are in stretches of numbers: its own, or that before. Datagrams, and segments in fragments, are
+    known by their identification; in IPv6 no router makes such (RFC 8200 section 5).
     """
     packet = ip_of(frame)
-    version, identification = packet.layout.version, packet.layout.identification
+    layout = packet.layout
+    datagram = ((packet.protocol, layout.identification),) if layout.version == 4 else ()
     if packet.tcp is not None and packet.payload:
-        common = version, packet.tcp.ack, packet.tcp.options
+        common = layout.version, packet.tcp.ack, packet.tcp.options
         stretch = packet.tcp.seq // _LONGEST_SEGMENT
         own = (*common, stretch)
-        return own, ((*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT)), own)
-    if packet.tcp is None and version == 4:
-        key = packet.protocol, identification
-        return (None, (key,)) if packet.layout.is_fragment else (key, ())
-    return None, ()
+        return (own, *datagram), ((*common, (stretch - 1) % ((1 << 32) // _LONGEST_SEGMENT)), own)
+    return ((), datagram) if layout.is_fragment else (datagram, ())
 
 
 def is_piece_of(frame: Frame, whole: Frame) -> bool:

@@ -5,11 +5,12 @@ know connections (connections.py) or how a journey is drawn (ladder.py). What wa
 
 What stays the same under translation makes a packet's fingerprint: sequence numbers, flags and payload of TCP, payload
 of UDP, sequence and payload of an echo, what an ICMP error says. Among packets with one fingerprint (a retransmission,
-the same datagram twice) the IP identification decides, else the order in time. A program that relays TCP makes new
+the same datagram twice) the IP identification decides, else the order in time. A program that relays makes new
 packets: they are journeys of their own.
 
 A packet never travels back in time, never comes by the same place twice in one direction, and its hop limit never
-grows: a reply with the payload of the request is not taken for the request.
+grows: a reply with the payload of the request is not taken for the request. It passes a node routed, with a smaller
+hop limit, or bridged, from the same link address.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Final
 
 from testbed.changes import Change
@@ -142,7 +143,7 @@ def trace(frames: Iterable[Frame], longest_hop: float = LONGEST_HOP) -> list[Jou
         if not draft.hops or _looks(draft.last) != looks:
             siblings.alike[looks].append(draft)
         draft.add(frame)
-    return [_finished(draft) for draft in _with_pieces_joined(drafts)]
+    return [_finished(draft) for draft in _with_pieces_joined(drafts, longest)]
 
 
 def _fingerprint(packet: IpPacket) -> object:
@@ -172,7 +173,7 @@ def _unchanged(frame: Frame, looks: _Looks, siblings: _Siblings, longest: int) -
     return next(
         (
             draft
-            for draft in islice(alike, begin, begin + _MOST_COMPARED)
+            for draft in alike[begin : begin + _MOST_COMPARED]
             if _looks(draft.last) == looks and not _is_past(draft, frame, longest) and _may_continue(draft, frame)
         ),
         None,
@@ -243,23 +244,33 @@ def _place(frame: Frame) -> _Place:
     return frame.point, frame.outgoing
 
 
-def _with_pieces_joined(drafts: list[_Draft]) -> list[_Draft]:
+def _with_pieces_joined(drafts: list[_Draft], longest: int) -> list[_Draft]:
     """Put the pieces of what was cut on the way behind the whole's last hop."""
     kept = []
     wholes: defaultdict[object, list[_Draft]] = defaultdict(list)
     for draft in drafts:
-        own, searched = cutting_keys(draft.first)
+        piece = draft.first
+        own, searched = cutting_keys(piece)
         near = chain.from_iterable(wholes[key] for key in searched)
-        whole = next((whole for whole in near if is_piece_of(draft.first, whole.first)), None)
+        whole = next(
+            (whole for whole in near if is_piece_of(piece, whole.first) and _lacks(whole, piece, longest)), None
+        )
         if whole is None:
             kept.append(draft)
-            if own is not None:
-                wholes[own].append(draft)
+            for key in own:
+                wholes[key].append(draft)
         else:
             for frames in draft.hops.values():
                 for frame in frames:
                     whole.add(frame)
     return kept
+
+
+def _lacks(whole: _Draft, piece: Frame, longest: int) -> bool:
+    """May the piece be of this one: was neither such a piece of it seen there, nor is it lost?"""
+    fingerprint = _fingerprint(ip_of(piece))
+    has_it = any(_fingerprint(ip_of(frame)) == fingerprint for frame in whole.hops.get(_place(piece), ()))
+    return not has_it and not _is_lost(whole, piece, longest)
 
 
 def _finished(draft: _Draft) -> Journey:

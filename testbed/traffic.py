@@ -20,7 +20,6 @@ import ssl
 import sys
 import threading
 import time
-import typing
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -133,11 +132,19 @@ class _UnreadableError(click.ClickException):
         super().__init__(f"{url}: an answer, but not one that can be read: {error or type(error).__name__}")
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Takes an answer that names another place for what it is: the answer."""
+class _EveryStatus(urllib.request.HTTPErrorProcessor):
+    """Takes an answer for what it is, whatever its status: it follows no redirect."""
 
-    def redirect_request(self, *_: typing.Any, **__: typing.Any) -> None:
-        """Ask nobody else."""
+    def http_response(
+        self, request: urllib.request.Request, response: http.client.HTTPResponse
+    ) -> http.client.HTTPResponse:
+        return response
+
+    https_response = http_response
+
+
+class _TooLongError(Exception):
+    """It took too long. No OSError: whoever tries one address after the other would go on to the next."""
 
 
 @main.command()
@@ -151,20 +158,20 @@ def fetch(url: str, output: Path | None, timeout: float) -> None:
     answer, but not all of it, or it is not HTTP.
     """
     started = time.monotonic()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _EveryStatus)
     with _limited(timeout):
         try:
-            response = _answer(opener, url)
+            response = opener.open(url)
         except (ValueError, http.client.InvalidURL) as error:
             raise click.UsageError(f"{url}: {error}") from error
-        except OSError as error:  # http.client.RemoteDisconnected is one, too
+        except (OSError, _TooLongError) as error:  # http.client.RemoteDisconnected is an OSError, too
             raise _without_answer(url, error) from error
         except http.client.HTTPException as error:
             raise _UnreadableError(url, error) from error
         try:
             with response:
                 body = response.read()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, _TooLongError, http.client.HTTPException) as error:
             raise _UnreadableError(url, error) from error
     if output is not None:
         output.write_bytes(body)
@@ -174,10 +181,10 @@ def fetch(url: str, output: Path | None, timeout: float) -> None:
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """TimeoutError when what is done inside takes longer; a socket's own limit begins anew with each piece."""
+    """_TooLongError when what is done inside takes longer; a socket's own limit begins anew with each piece."""
 
     def end(*_: object) -> None:
-        raise TimeoutError(f"it took longer than {seconds:g} s")
+        raise _TooLongError(f"it took longer than {seconds:g} s")
 
     signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -187,16 +194,7 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(opener: urllib.request.OpenerDirector, url: str) -> http.client.HTTPResponse:
-    """What the server answers, whatever its status is."""
-    try:
-        response: http.client.HTTPResponse = opener.open(url)
-    except urllib.error.HTTPError as error:
-        return typing.cast(http.client.HTTPResponse, error)
-    return response
-
-
-def _without_answer(url: str, error: OSError) -> click.ClickException:
+def _without_answer(url: str, error: Exception) -> click.ClickException:
     """What a fetch ends with that got nothing of HTTP: nobody was asked, or said something else, or said nothing."""
     match error.reason if isinstance(error, urllib.error.URLError) else error:
         case str() | socket.gaierror() as reason:

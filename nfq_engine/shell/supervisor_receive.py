@@ -201,7 +201,7 @@ class ReceivingCalls:
         for descriptor, (call, _) in list(self._waiting.items()):
             process = call.caller.identity.pid
             due = due_signal(call.notification.thread, process, held)
-            if due is Due.SOME_THREAD:
+            if due is Due.PROCESS:
                 due = Due.NOBODY if process in served else due
                 served.add(process)
             if self._end_by_signal(call, due) or not self._listener.is_waiting(call.notification):
@@ -216,7 +216,7 @@ class ReceivingCalls:
             case Due.THIS_THREAD:
                 # sock_intr_errno(): with a time limit the call would begin anew with all of it
                 self._listener.answer(call.notification, errno.EINTR if has_limit else ERESTARTSYS)
-            case Due.SOME_THREAD:
+            case Due.PROCESS:
                 with look_for_signals(call.notification.thread) as does_look:
                     word = ERESTARTNOHAND if has_limit else ERESTARTSYS
                     self._listener.answer(call.notification, word if does_look else errno.EINTR)

@@ -49,8 +49,8 @@ class Due(Enum):
     NOBODY = auto()
     THIS_THREAD = auto()
     """One of its own, or one of a process with no other thread; or all threads of the process are told to stop."""
-    SOME_THREAD = auto()
-    """One for a process with several threads: this one is to take it, unless another is quicker."""
+    PROCESS = auto()
+    """One for a process with several threads, of which this one may be the one to take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def due_signal(thread: int, process: int, held: Container[int]) -> Due:
     if waiting := status.shared & heard:
         if status.threads == 1:
             return Due.THIS_THREAD
-        return Due.NOBODY if thread != process and _does_hear(process, waiting) else Due.SOME_THREAD
+        return Due.NOBODY if thread != process and _does_hear(process, waiting) else Due.PROCESS
     return Due.THIS_THREAD if status.threads > 1 and _is_stopping(process, held) else Due.NOBODY
 
 

@@ -99,6 +99,12 @@ def server_of(folder: Path, answering: str) -> str:
             "answered, with status 302",
             id="redirect",
         ),
+        pytest.param(
+            "http://10.0.0.2/",
+            b"HTTP/1.1 302 Found\r\nLocation: http://[fd00::2/\r\nContent-Length: 0\r\n\r\n",
+            "answered, with status 302",
+            id="redirect to nowhere",
+        ),
     ],
 )
 def test_a_server_that_answers_in_some_way_does_not_fail_as_it_should(

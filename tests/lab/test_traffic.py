@@ -90,6 +90,20 @@ def test_an_answer_that_cannot_be_sent_does_not_end_the_udp_server(lab: Lab) -> 
     assert ask(lab, "udp-ask", "10.0.0.2", "--port", 7)["answered"] == 1
 
 
+def test_a_fetch_takes_no_longer_although_there_are_several_addresses_to_try(lab: Lab) -> None:
+    rules = "table inet silent { chain out { type filter hook output priority 0; tcp dport 81 drop; }; }"
+    several = "import socket; one = socket.getaddrinfo; socket.getaddrinfo = lambda *asked: one(*asked) * 3"
+    script = f"{several}; from testbed.traffic import main; main()"
+    lab["client"].run(["nft", rules.replace("table", "add table", 1)])
+    try:
+        words = ["python", "-c", script, "fetch", "http://10.0.0.2:81/", "--timeout", "0.5"]
+        done = lab["client"].run(words, check=False, timeout=PATIENCE)
+    finally:
+        lab["client"].run(["nft", "delete", "table", "inet", "silent"])
+    assert done.returncode == 1
+    assert "took longer than 0.5 s" in done.stderr
+
+
 def test_an_idle_or_reset_connection_keeps_nobody_from_the_tcp_server(lab: Lab) -> None:
     with lab["client"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as idle:
         idle.settimeout(PATIENCE)

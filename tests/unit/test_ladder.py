@@ -98,6 +98,14 @@ def test_what_was_lost_is_marked_although_most_were() -> None:
     assert [row[-3:].count("✗") for row in rows_of(scene)] == [1, 1, 1, 1, 0]
 
 
+def test_what_was_dropped_inside_is_marked_although_nobody_looked_at_the_far_end() -> None:
+    scene = Scene()
+    for number in range(10):
+        data = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes([number])
+        scene.go(*((point, data) for point in (CLIENT, GATEWAY_IN, GATEWAY_OUT)[: 2 if number == 9 else 3]))
+    assert [row.count("✗") for row in rows_of(scene)[-1:]] == [1]
+
+
 def test_what_only_carries_on_is_counted_and_what_is_special_is_shown() -> None:
     scene = Scene()
     way = (CLIENT, 1, 2), (SERVER, 1, 2)

@@ -159,6 +159,38 @@ def test_a_datagram_cut_on_the_way_is_one_journey_with_its_pieces(order: int) ->
     assert [str(change) for hop in journey.hops for change in hop.changes] == ["ip.ttl 64→63"]
 
 
+def test_pieces_of_a_datagram_that_was_sent_twice_are_of_one_each() -> None:
+    scene = Scene()
+    sent, routed = (ip(1, 2, hops) / UDP(sport=4000, dport=9) / bytes(range(250)) for hops in (SENT, ROUTED))
+    for _ in range(2):
+        scene.go((CLIENT, sent), (GATEWAY_IN, sent))
+    for _ in range(2):
+        for piece in fragment(routed, 100):
+            scene.go((GATEWAY_OUT, piece), (SERVER, piece))
+    assert [[len(hop.frames) for hop in journey.hops] for journey in trace(scene.frames)] == [[1, 1, 3, 3]] * 2
+
+
+def test_pieces_are_not_of_a_datagram_that_was_lost_long_before() -> None:
+    scene = Scene()
+    sent = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(range(250))
+    scene.go((CLIENT, sent))
+    scene.wait(milliseconds=1100)
+    for piece in fragment(sent, 100):
+        scene.see(SERVER, piece, outgoing=False)
+    assert ways(scene.frames)[0] == (CLIENT,)
+
+
+def test_a_segment_in_fragments_is_one_journey() -> None:
+    scene = Scene()
+    segment = TCP(sport=4000, dport=80, seq=1, ack=1, flags="PA", options=[("Timestamp", (1, 0))]) / bytes(range(250))
+    scene.go((CLIENT, ip(1, 2, SENT) / segment))
+    for piece in fragment(ip(1, 2, SENT) / segment, 100):
+        scene.see(SERVER, piece, outgoing=False)
+    (journey,) = trace(scene.frames)
+    assert [len(hop.frames) for hop in journey.hops] == [1, 3]
+    assert journey.hops[1].changes == ()
+
+
 def test_what_of_a_datagram_was_lost_on_the_way_has_changed() -> None:
     scene = Scene()
     sent = ip(1, 2, SENT) / UDP(sport=4000, dport=9) / bytes(range(200))
@@ -294,6 +326,15 @@ def test_fragments_belong_to_the_connection_of_the_first() -> None:
         scene.go((CLIENT, part), (SERVER, part))
     (connection,) = connections_in(scene)
     assert [journey.points for _, journey in connection.journeys] == [(CLIENT, SERVER)] * 4
+
+
+def test_datagrams_that_lost_their_first_pieces_are_of_connections_of_their_own() -> None:
+    scene = Scene()
+    for number, port in enumerate((4000, 5000)):
+        datagram = IP(src="10.0.0.1", dst="10.0.0.2", id=number) / UDP(sport=port, dport=9) / bytes([number] * 200)
+        scene.go((CLIENT, datagram))
+        scene.see(SERVER, fragment(datagram, 100)[1], outgoing=False)
+    assert len(connections_in(scene)) == 2
 
 
 def test_a_connection_knows_its_frames() -> None:
