@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from testbed.errors import TestbedError
-from testbed.journal import LAB, command_line
+from testbed.journal import LAB, command_line, exit_code
 from testbed.owner import environment, unmarked
-from testbed.process import exit_code
 from testbed.registry import Record
 
 if TYPE_CHECKING:

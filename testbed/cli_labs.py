@@ -25,10 +25,10 @@ from testbed.cli_options import AS_JSON, COMMANDS_CODE, FILE, JSON_OF_COMMAND, L
 from testbed.cli_running import as_values
 from testbed.cli_scenario import play
 from testbed.impair import kernel_means, notes
+from testbed.journal import exit_code
 from testbed.keeper import hand_over
 from testbed.lab import Lab
 from testbed.owner import sweep
-from testbed.process import exit_code
 from testbed.registry import RegistryError
 from testbed.report import write_report
 from testbed.scenario_file import is_scenario, load_scenario

@@ -17,7 +17,7 @@ import click
 from testbed import registry
 from testbed.cli_command import become, command_values, run_captured
 from testbed.cli_options import AS_JSON, COMMAND, COMMANDS_CODE, JSON_OF_COMMAND, LAB, NAME, NODE, examples, progress
-from testbed.process import exit_code
+from testbed.journal import exit_code
 
 
 @click.command(epilog=examples("down", "down transparent-proxy --json"))

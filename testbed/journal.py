@@ -50,6 +50,11 @@ class Entry:
             self.end(how, is_bad=status > 0)
 
 
+def exit_code(status: int) -> int:
+    """What a shell makes of how a command ended, as subprocess tells it."""
+    return status if status >= 0 else 128 - status
+
+
 def command_line(words: Sequence[str]) -> str:
     """A command as a shell would be given it, without the folder that it lies in."""
     return shlex.join((Path(words[0]).name, *words[1:]))

@@ -196,11 +196,6 @@ def _is_listening(port: int) -> bool:
     return False
 
 
-def exit_code(status: int) -> int:
-    """What a shell makes of how a command ended, as subprocess tells it."""
-    return status if status >= 0 else 128 - status
-
-
 def _ended(returncode: int | None) -> str:
     if returncode is None:
         return "runs"

@@ -18,10 +18,10 @@ from testbed.capture import CaptureError
 from testbed.engine_handle import EngineHandle
 from testbed.errors import in_words
 from testbed.expect import ExpectationError
-from testbed.journal import LAB
+from testbed.journal import LAB, exit_code
 from testbed.lab import Lab, LabError
 from testbed.layers import packet_of
-from testbed.process import ServiceError, exit_code
+from testbed.process import ServiceError
 from testbed.scenario import (
     Action,
     Change,

@@ -77,7 +77,7 @@ def test_the_import_ban_is_for_core_alone(path: str) -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("testbed.cli_running", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
+        ("testbed.cli_running", {"testbed.lab", "testbed.topology", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
         ("testbed.cli", {"testbed.lab", "ruamel.yaml", "rich", "jsonschema", "scapy"}),
         ("testbed.capabilities", {"click", "pyroute2", "scapy"}),
         ("nfq_engine.cli", {"click", "dataclasses", "nfq_engine.core.packet"}),
