@@ -32,10 +32,9 @@ class Leg:
     def opening(self) -> Journey:
         """The packet that opened it: the SYN, or the first there is; of its like, the one that got furthest."""
         first = next((journey for journey in self.journeys if _is_syn(journey.packet)), self.journeys[0]).packet
+        ends, is_syn = first.ends, _is_syn(first)
         alike = (
-            journey
-            for journey in self.journeys
-            if journey.packet.ends == first.ends and _is_syn(journey.packet) == _is_syn(first)
+            journey for journey in self.journeys if _is_syn(journey.packet) == is_syn and journey.packet.ends == ends
         )
         return max(alike, key=lambda journey: len(journey.hops))
 
