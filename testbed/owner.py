@@ -133,13 +133,11 @@ def _owners_by_namespace(known: Collection[int]) -> dict[int, _Owner]:
 
 def _owner_of_namespace(pid: int, number: int) -> _Owner | None:
     """The owner in the mark of a process's namespace; None when that is no longer the one with this number."""
-    with (
-        contextlib.suppress(OSError),
-        Namespace.of_process(pid) as namespace,
-        namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink,
-    ):
+    # Asked before it is entered: the process may be back where it came from, which is perhaps where we are.
+    with contextlib.suppress(OSError), Namespace.of_process(pid) as namespace:
         if namespace.identity[1] == number:
-            return _read_mark(MARK, rtnetlink.marked(netlink))
+            with namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+                return _read_mark(MARK, rtnetlink.marked(netlink))
     return None
 
 
