@@ -8,15 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Final
 
 from testbed.frames import Frame, flag_names
 from testbed.headers import ICMP, ICMPV6, TCP, UDP, IpPacket
+from testbed.layers import MatchError
 
 # What every router changes: no news at a hop, and no breach of 'nothing else changed'.
 HOP_LIMITS: Final = frozenset({"ip.ttl", "ipv6.hlim"})
 
 _IP_FLAGS: Final = ("none", "DF", "reserved", "reserved DF")  # the two above that for more fragments
+
+_IN_LAYERS: Final = {
+    "ip": ("src", "dst", "tos", "ttl", "id", "frag", "flags", "options"),
+    "ipv6": ("src", "dst", "tc", "hlim", "id", "frag", "fl", "extensions"),
+    "tcp": ("sport", "dport", "seq", "ack", "flags", "window", "urgptr", "options"),
+    "udp": ("sport", "dport"),
+    "icmp": ("type", "code", "id", "seq", "rest"),
+    "icmpv6": ("type", "code", "id", "seq", "rest"),
+}
+EMBEDDED: Final = "embedded "
+"""Before a field of the packet that an ICMP error is about."""
+
+FIELDS: Final = ("vlan", *(f"{layer}.{name}" for layer, names in _IN_LAYERS.items() for name in names), "payload")
+"""Every field that a change may be of, as it is or embedded."""
 
 _TRANSPORT_NAMES: Final = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmpv6"}
 
@@ -41,6 +57,15 @@ def changes_between(before: Frame, after: Frame) -> tuple[Change, ...]:
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     )
+
+
+def check_field(name: str) -> None:
+    """MatchError for what is no field that can change, which tells the nearest."""
+    plain = name.removeprefix(EMBEDDED)
+    if plain not in FIELDS:
+        near = get_close_matches(plain, FIELDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}"
+        raise MatchError(f"{name!r} is no field that changes are told of; {hint}")
 
 
 def _fields(frame: Frame) -> Iterator[tuple[str, object]]:
@@ -95,7 +120,7 @@ def _icmp_fields(packet: IpPacket, transport: str, data: bytes) -> Iterator[tupl
     yield f"{transport}.rest", packet.icmp.rest
     if packet.icmp.embedded is not None:
         for name, value in _packet_fields(packet.icmp.embedded, data):
-            yield f"embedded {name}", value
+            yield f"{EMBEDDED}{name}", value
 
 
 def _text(value: object) -> str:

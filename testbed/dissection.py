@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from testbed.changes import Change
+from testbed.changes import EMBEDDED, Change
 from testbed.frames import Frame
 
 _LONGEST_LINE: Final = 300  # characters
@@ -68,7 +68,7 @@ def _lines(text: str, changed: Collection[str]) -> list[Line]:
     for line in text.splitlines():
         if opens := _LAYER.search(line):
             layer, is_embedded = _layer_of(opens[1])
-            embedded = "embedded " if is_embedded else embedded
+            embedded = EMBEDDED if is_embedded else embedded
         name = ""
         if field := _FIELD.match(line):
             own = f"{layer}.{field[1] or field[2]}"

@@ -22,7 +22,7 @@ from itertools import chain
 from operator import methodcaller
 from typing import Final, TypeVar
 
-from testbed.changes import HOP_LIMITS
+from testbed.changes import HOP_LIMITS, check_field
 from testbed.conversations import Conversation, conversations
 from testbed.failure import ExpectationError, Failure, FrameSource, amount_text
 from testbed.frames import Frame
@@ -130,11 +130,16 @@ class Expectations(ABC):
         """Every frame that matches at the first point must be seen at the second, with just these fields changed.
 
         `changed`: names as Scapy's, `ip.src` or `tcp.sport`; every one of them must have changed, and nothing else but
-        what a router changes (hop limit, header checksums, link addresses). Returns the frames in pairs.
+        what a router changes (hop limit, header checksums, link addresses). Returns the frames in pairs. MatchError for
+        a name that no change has (changes.FIELDS).
         """
         first, second = at
         if first == second:
             raise ValueError(f"at={at}: give two points")
+        if isinstance(changed, str):
+            raise TypeError(f"changed={changed!r}: give a set of names")
+        for name in changed:
+            check_field(name)
         matcher, begin = matcher_of(match), self._from(since)
         wanted = frozenset(changed)
 

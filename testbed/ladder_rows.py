@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from testbed.changes import HOP_LIMITS, Change
+from testbed.changes import EMBEDDED, HOP_LIMITS, Change
 from testbed.checksums import checksum_errors
 from testbed.connections import Connection, Leg
 from testbed.frames import describe_content, destination_of, flag_names, icmp_name, ip_of, source_of
@@ -209,7 +209,7 @@ def _left_out(waiting: list[Row]) -> Iterator[Row | Omission]:
 
 def _short(change: Change) -> str:
     """`src 10.0.0.1→10.0.0.2`: a ladder has little room, and the packet's protocol is known."""
-    embedded = "embedded " if change.field.startswith("embedded ") else ""
+    embedded = EMBEDDED if change.field.startswith(EMBEDDED) else ""
     return f"{embedded}{change.field.rpartition('.')[2]} {change.before}→{change.after}"
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nfq_engine.core.decision import Reason
+from testbed.changes import check_field
 from testbed.craft import SEVERAL, is_several
 from testbed.documents import Document, DocumentError, Problem, Where, shape_problems
 from testbed.expect import DURING, WITHIN
 from testbed.impair import is_impaired
 from testbed.layers import MatchError, packet_of
-from testbed.matching import field_of, matcher_of
+from testbed.matching import matcher_of
 from testbed.scenario import (
     Change,
     ChangeLinks,
@@ -157,7 +158,7 @@ class _Reader:
                 self.problems.append(((*where, "at"), "give two points, not one twice"))
             self._refuse(where, value, ("count", "never"), "not with two points")
             for place, name in enumerate(changed):
-                self._try((*where, "changed", place), field_of, name)
+                self._try((*where, "changed", place), check_field, name)
             return ExpectSame((points[0], points[1]), match, changed, within)
         self._refuse(where, value, ("changed",), "only with two points")
         if "never" in value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
@@ -445,6 +446,27 @@ def test_another_change_than_wanted_fails(changed: set[str], line: str) -> None:
         "  #1 client:eth0 out: 10.0.0.1:4000 > 10.0.0.2:80 tcp SYN seq 0",
         f"      {line}",
     ]
+
+
+CHANGED_WRONG = {
+    "a slip": ({"tcp.dprt"}, "'tcp.dprt' is no field that changes are told of; did you mean tcp.dport?"),
+    "of what an error is about": ({"embedded udp.sprt"}, "did you mean udp.sport?"),
+    "a field that follows from others": ({"tcp.chksum"}, "'tcp.chksum' is no field"),
+    "nothing near": ({"x"}, "there are vlan, ip.src, "),
+}
+
+
+@pytest.mark.parametrize(("changed", "complaint"), CHANGED_WRONG.values(), ids=CHANGED_WRONG)
+def test_a_field_that_cannot_change_is_an_error_before_anything_is_waited_for(
+    changed: set[str], complaint: str
+) -> None:
+    with pytest.raises(MatchError, match=re.escape(complaint)):
+        Watch(Past(routed().frames)).expect_same(SYN, at=(CLIENT, SERVER), changed=changed)
+
+
+def test_one_name_where_several_are_wanted_is_not_taken_for_its_letters() -> None:
+    with pytest.raises(TypeError, match="give a set of names"):
+        Watch(Past(routed().frames)).expect_same(SYN, at=(CLIENT, SERVER), changed="ip.src")
 
 
 def test_a_packet_that_does_not_arrive_fails() -> None:

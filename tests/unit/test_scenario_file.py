@@ -108,6 +108,11 @@ def test_a_topology_may_stand_in_the_scenario(tmp_path: Path) -> None:
         pytest.param('expect: {at: "a:eth2"}', "no captured interface 'a:eth2'; did you mean 'a:eth1'", id="point"),
         pytest.param('expect: {at: "a:eth0", match: {tcp.dprt: 1}}', "did you mean dport?", id="field"),
         pytest.param('expect: {at: "a:eth0", changed: [ip.src]}', "changed: only with two points", id="changed"),
+        pytest.param(
+            'expect: {at: ["a:eth0", "b:eth0"], changed: [payload, ip.sorc]}',
+            "changed[1]: 'ip.sorc' is no field that changes are told of; did you mean ip.src?",
+            id="changed field",
+        ),
         pytest.param('expect: {at: "a:eth0", never: 1s, count: 2}', "count: not with never", id="never"),
         pytest.param('expect: {at: "a:eth0", within: 2}', "within", id="no unit"),
         pytest.param(
