@@ -37,7 +37,8 @@ def validate(files: tuple[Path, ...], *, as_json: bool) -> None:
         except DocumentError as error:
             are_valid = False
             if as_json:
-                click.echo(json.dumps({"file": str(file), "valid": False, "problems": str(error).splitlines()}))
+                complaints = [dataclasses.asdict(complaint) for complaint in error.complaints]
+                click.echo(json.dumps({"file": str(file), "valid": False, "problems": complaints}))
             else:
                 click.ClickException(str(error)).show()
             continue

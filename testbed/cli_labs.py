@@ -119,13 +119,16 @@ def run(
             if as_json:
                 click.echo(json.dumps({"lab": topology.name, **command_values(node, command, done)}))
         if report is not None:
-            write_report(lab, report)
+            with progress(f"writing {report}"):
+                write_report(lab, report)
             click.echo(f"report: {report}", err=True)
         if keep and status:
             record = hand_over(lab, (held,))
             stack.pop_all()
             click.echo(f"the lab lives on: testbed shell --lab {record.name} {'|'.join(record.nodes)}", err=True)
             click.echo(f"to end it: testbed down {record.name}", err=True)
+        with progress(f"taking {topology.name} down"):
+            stack.close()
     sys.exit(status)
 
 

@@ -110,10 +110,10 @@ def list_labs(*, as_json: bool) -> None:
 
 @click.command(
     "exec",
-    context_settings={"ignore_unknown_options": True},
+    context_settings={"allow_interspersed_args": False},  # behind the node, options are the command's
     epilog=examples(
         "exec client -- ping -c 1 10.0.1.2",
-        "exec --lab two-proxies inner -- tproxyctl connections",
+        "exec --lab two-proxies second tproxyctl connections --json",
         "exec --json client -- ip -brief address",
         codes=COMMANDS_CODE,
     ),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections.abc import Iterator
 from typing import Final
 
 import click
 
+from testbed.cli_options import progress
 from testbed.lab import Lab
 from testbed.scenario import Scenario
 from testbed.scenario_run import Outcome, carry_out
@@ -22,15 +24,26 @@ _INDENT: Final = " " * 12
 def play(scenario: Scenario, lab: Lab, *, as_json: bool) -> bool:
     """Carry out a scenario in its lab and print how; whether all of it was as it should be."""
     if as_json:
-        outcomes = list(carry_out(scenario, lab))
+        outcomes = list(_outcomes(scenario, lab))
         click.echo(json.dumps(_values(scenario, outcomes), indent=2))
     else:
         outcomes = []
-        for outcome in carry_out(scenario, lab):
+        for outcome in _outcomes(scenario, lab):
             outcomes.append(outcome)
             _print(outcome)
         _print_end(scenario, outcomes)
     return not any(outcome.failure for outcome in outcomes)
+
+
+def _outcomes(scenario: Scenario, lab: Lab) -> Iterator[Outcome]:
+    """How the steps come out; one that takes long is told while it does."""
+    outcomes = carry_out(scenario, lab)
+    for step in scenario.steps:
+        with progress(str(step)):
+            outcome = next(outcomes, None)
+        if outcome is None:
+            return
+        yield outcome
 
 
 def _print(outcome: Outcome) -> None:

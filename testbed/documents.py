@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +33,31 @@ _DEEPEST: Final = 20  # levels; the schemas know no more than twelve
 _MOST: Final = 100_000  # values, and keys with them; a star of 50 clients has 600
 
 
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """What is wrong: in which document, `what`, and where in it; None when it has no place there."""
+
+    source: str
+    what: str
+    line: int | None = None
+    column: int | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        """`file:line:column: key: what`."""
+        at = f"{self.source}:{self.line}:{self.column}" if self.line is not None else self.source
+        return ": ".join(part for part in (at, self.key, self.what) if part is not None)
+
+
 class DocumentError(TestbedError):
-    """A document that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
+    """A document that cannot be used, and all that is wrong with it, one line each."""
+
+    def __init__(self, *complaints: Complaint) -> None:
+        super().__init__(*complaints)
+        self.complaints = complaints
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.complaints))
 
 
 class _Constructor(RoundTripConstructor):
@@ -87,7 +111,7 @@ class Document:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
-            raise error(f"{path}: cannot be read: {problem}") from problem
+            raise error(Complaint(str(path), f"cannot be read: {problem}")) from problem
         return cls.parse(text, str(path), error)
 
     @classmethod
@@ -99,23 +123,22 @@ class Document:
             return cls(yaml.load(text), source, error)
         except MarkedYAMLError as problem:
             mark = problem.problem_mark or problem.context_mark
-            at = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
-            raise error(f"{source}{at}: {problem.problem or problem.context}") from problem
+            at = (mark.line + 1, mark.column + 1) if mark is not None else ()
+            raise error(Complaint(source, f"{problem.problem or problem.context}", *at)) from problem
         except ReaderError as problem:
             before = text[: problem.position].splitlines(keepends=True) or [""]
-            at = f":{len(before)}:{len(before[-1]) + 1}"
-            raise error(f"{source}{at}: a character that YAML does not allow: {text[problem.position]!r}") from problem
+            what = f"a character that YAML does not allow: {text[problem.position]!r}"
+            raise error(Complaint(source, what, len(before), len(before[-1]) + 1)) from problem
         except RecursionError as problem:
-            raise error(f"{source}: nested too deeply") from problem
+            raise error(Complaint(source, "nested too deeply")) from problem
         except Exception as problem:  # what a mapping that is merged into itself comes to, for one
-            raise error(f"{source}: {' '.join(str(problem).split())}") from problem
+            raise error(Complaint(source, " ".join(str(problem).split()))) from problem
 
     def refuse(self, found: Sequence[Problem]) -> None:
         """Raise the error that tells these problems, in the order of the file; nothing if there are none."""
         located = sorted({(_position(self.root, where), key_text(where), what) for where, what in found})
         if located:
-            lines = [f"{self.source}:{line}:{column}: {key}: {what}" for (line, column), key, what in located]
-            raise self._error("\n".join(lines))
+            raise self._error(*(Complaint(self.source, what, *position, key) for position, key, what in located))
 
 
 def shape_problems(root: Any, schema: Path) -> list[Problem]:

@@ -54,7 +54,7 @@ _Value = TypeVar("_Value")
 
 
 class ScenarioError(DocumentError):
-    """A scenario file that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
+    """A scenario file that cannot be used."""
 
 
 def is_scenario(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from testbed.addressing import AddressingError, addressed
-from testbed.documents import Document, DocumentError, Problem, key_text, shape_problems
+from testbed.documents import Complaint, Document, DocumentError, Problem, key_text, shape_problems
 from testbed.topology import Topology
 from testbed.topology_checks import problems
 from testbed.topology_reader import read
@@ -18,7 +18,7 @@ SCHEMA: Final = Path(__file__).with_name("topology.schema.json")
 
 
 class TopologyError(DocumentError):
-    """A topology file that cannot be used; the message has one line a problem: `file:line:column: key: what`."""
+    """A topology that cannot be used."""
 
 
 def load(path: Path) -> Topology:
@@ -34,7 +34,7 @@ def loads(text: str, source: str = "topology") -> Topology:
 def check(topology: Topology) -> None:
     """TopologyError when something is wrong with a topology, wherever it came from."""
     if found := problems(topology):
-        raise TopologyError("\n".join(f"{topology.name}: {key_text(where)}: {what}" for where, what in found))
+        raise TopologyError(*(Complaint(topology.name, what, key=key_text(where)) for where, what in found))
 
 
 def understand(root: Any) -> tuple[Topology, list[Problem]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,8 @@ def test_exec_ends_as_the_command_does_and_names_what_is_not_there(lab: str) -> 
     missing = run_testbed("exec", "--lab", lab, "b", "--", "no-such-command")
     assert missing.returncode == 1
     assert missing.stderr == "Error: b: cannot run 'no-such-command': No such file or directory\n"
+    plain = run_testbed("exec", "--lab", lab, "b", "echo", "--json", "--", "--lab")  # all of it is the command's
+    assert (plain.returncode, plain.stdout) == (0, "--json -- --lab\n"), plain.stderr
     nothing = run_testbed("exec", "--lab", lab, "b", "--", "")
     assert (nothing.returncode, nothing.stderr.startswith("Error: b: cannot run '': ")) == (1, True), nothing.stderr
 
@@ -330,6 +334,8 @@ def test_run_takes_the_lab_down_when_it_is_ended(file: Path, tmp_path: Path) -> 
         pytest.param(("down", "no-such-lab"), 1, "no lab 'no-such-lab' is running", id="no lab"),
         pytest.param(("exec", "--lab", "no-such-lab", "a", "--", "true"), 1, "no lab 'no-such-lab'", id="exec, no lab"),
         pytest.param(("exec", "a"), 2, "Missing argument 'COMMAND", id="exec, no command"),
+        pytest.param(("exec", "a", "--"), 2, "Missing argument 'COMMAND", id="exec, nothing behind the dashes"),
+        pytest.param(("exec", "--jsn", "a", "ls"), 2, "No such option '--jsn'", id="exec, unknown option"),
         pytest.param(("frobnicate",), 2, "No such command 'frobnicate'", id="no command"),
         pytest.param(("dwon",), 2, "'down'", id="a command, misspelt"),
     ],
@@ -501,25 +507,36 @@ def test_results_are_told_as_json(lab: str, file: Path, tmp_path: Path) -> None:
     file.write_text("name: x\nnods: {}\n")
     wrong = run_testbed("validate", file, "--json")
     assert (wrong.returncode, wrong.stderr) == (1, "")
-    assert any(f"{file}:2:1: nods: unknown key" in line for line in json.loads(wrong.stdout)["problems"])
+    assert json.loads(wrong.stdout)["problems"] == [
+        {"source": str(file), "line": 1, "column": 1, "key": "document", "what": "'nodes' is a required property"},
+        {"source": str(file), "line": 2, "column": 1, "key": "nods", "what": "unknown key; did you mean 'nodes'?"},
+    ]
+    missing = run_testbed("validate", tmp_path / "missing.yaml", "--json")
+    (problem,) = json.loads(missing.stdout)["problems"]
+    assert (problem["line"], problem["column"], problem["key"]) == (None, None, None)
 
 
-def run_and_read_stderr(file: Path, directory: Path, *, is_terminal: bool) -> bytes:
+def run_and_read_stderr(file: Path, *command: str, is_terminal: bool) -> bytes:
     """What `testbed run` told on standard error, a terminal or a pipe."""
     here, there = os.openpty() if is_terminal else os.pipe()
     with os.fdopen(here, "rb", buffering=0) as reading:
-        done = subprocess.run(
-            [sys.executable, "-m", "testbed.cli", "run", file, "--directory", directory, "--", "echo", "done"],
-            env={**os.environ, "TERM": "xterm"},
-            stdout=subprocess.PIPE,
-            stderr=there,
-            timeout=PATIENCE,
-            check=True,
-        )
-        told = reading.read(1 << 16)
-        os.close(there)
-    assert done.stdout == b"done\n"
-    return told
+        with os.fdopen(there, "wb") as told:
+            subprocess.run(
+                [sys.executable, "-m", "testbed.cli", "run", file, "--directory", file.parent / "logs", *command],
+                env={**os.environ, "TERM": "xterm"},
+                stdout=subprocess.DEVNULL,
+                stderr=told,
+                timeout=PATIENCE,
+                check=True,
+            )
+        return b"".join(all_of(reading))
+
+
+def all_of(reading: RawIOBase) -> Iterator[bytes]:
+    """What is left in a pipe, or in a terminal, which gives no more than 4 KiB at once and ends with an error."""
+    with contextlib.suppress(OSError):
+        while part := reading.read(1 << 16):
+            yield part
 
 
 @pytest.mark.parametrize(
@@ -531,15 +548,25 @@ def test_progress_of_what_takes_long_is_told_on_a_terminal_only(
     slow = tmp_path / "slow.yaml"
     slow.write_text(
         "name: slow\nnodes:\n  a:\n    services:\n"
-        "      late: {command: [sh, -c, sleep 1.5; echo here; exec sleep 60], ready: {log: here}}\n"
+        "      late:\n"
+        "        command: [sh, -c, 'trap \"sleep 1.5; exit 0\" TERM; sleep 1.5; echo here; sleep 60 & wait']\n"
+        "        ready: {log: here}\n"
     )
-    told = run_and_read_stderr(slow, tmp_path / "logs", is_terminal=is_terminal)
-    assert (b"building slow" in told) == is_told
+    told = run_and_read_stderr(slow, "--", "true", is_terminal=is_terminal)
+    assert (b"building slow" in told, b"taking slow down" in told) == (is_told, is_told)
+
+
+@pytest.mark.parametrize("as_json", [pytest.param((), id="text"), pytest.param(("--json",), id="JSON")])
+def test_a_step_that_takes_long_is_told_while_it_does(file: Path, tmp_path: Path, as_json: tuple[str, ...]) -> None:
+    scenario = tmp_path / "scenario.yaml"
+    step = "run: {in: a, command: [sh, -c, sleep 1.5, '[/no markup]']}"
+    scenario.write_text(f"name: x\ntopology: {file.name}\nsteps: [{step}]\n")
+    assert b"[/no markup]" in run_and_read_stderr(scenario, *as_json, is_terminal=True)
 
 
 def test_of_what_is_done_within_a_second_no_progress_is_told(file: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    told = run_and_read_stderr(file, tmp_path / "logs", is_terminal=True)
+    told = run_and_read_stderr(file, "--", "true", is_terminal=True)
     assert b"building" not in told or time.monotonic() - began > 1
 
 
