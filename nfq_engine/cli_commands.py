@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, Final
 import click
 
 from nfq_engine import cli_watch
-from nfq_engine.cli_forms import ask, console, endpoint, flow, table
+from nfq_engine.cli_forms import CODES, ask, console, endpoint, examples, flow, table
 
-_RULES_HELP: Final = """\b
+_RULES_HELP: Final = f"""\b
 Rules are given as to iptables, without -t:
   tproxyctl -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 50080
   tproxyctl -A|-I|-R|-D|-C CHAIN ...   -F|-Z|-S [CHAIN]   -N|-X CHAIN   -E CHAIN NAME   -P CHAIN ACCEPT|DROP
@@ -27,7 +27,7 @@ Matches: -p -s -d -i -o --sport --dport, each with !, ports as ranges; -m multip
 statistic, and, from OUTPUT, owner.
 Targets: TPROXY --on-port PORT [--on-ip ADDRESS], ACCEPT, DROP, RETURN, or a chain of your own.
 \b
-Exit codes: 0 done, 1 the engine refused or is not there, 2 wrong usage."""
+Exit codes: {CODES}"""
 
 _as_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -37,7 +37,7 @@ def commands() -> None:
     """Talk to the tproxy engine of this network namespace: look inside, and change its ruleset."""
 
 
-@commands.command()
+@commands.command(epilog=examples("sockrefs", "sockrefs --json", "sockrefs --proc"))
 @_as_json
 @click.option("--proc", is_flag=True, help="In the layout of /proc/net/tproxy.")
 def sockrefs(*, as_json: bool, proc: bool) -> None:
@@ -50,7 +50,7 @@ def sockrefs(*, as_json: bool, proc: bool) -> None:
     _show(entries, as_json, ("protocol", "foreign", "local", "remote", "flags", "related", "sockets"), _sockref_row)
 
 
-@commands.command()
+@commands.command(epilog=examples("connections", "connections --json"))
 @_as_json
 def connections(*, as_json: bool) -> None:
     """The connections that came through the queue, with the addresses of each step."""
@@ -59,7 +59,7 @@ def connections(*, as_json: bool) -> None:
     _show(entries, as_json, columns, _connection_row)
 
 
-@commands.command()
+@commands.command(epilog=examples("counters", "counters --json"))
 @_as_json
 def counters(*, as_json: bool) -> None:
     """Packets by hook and reason, the queue's own counts, and how much there is of what."""
@@ -83,14 +83,14 @@ def counters(*, as_json: bool) -> None:
     )
 
 
-@commands.command()
+@commands.command(epilog=examples("save > rules.txt", "save --counters"))
 @click.option("-c", "--counters", is_flag=True, help="With packet and byte counts.")
 def save(*, counters: bool) -> None:
     """Print the tproxy table as iptables-save text."""
     click.echo(ask({"call": "save", "counters": counters})["text"], nl=False)
 
 
-@commands.command()
+@commands.command(epilog=examples("restore rules.txt", "restore --test < rules.txt"))
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("-c", "--counters", is_flag=True, help="Take the counts of the text over.")
 @click.option("-n", "--noflush", is_flag=True, help="Add to the table instead of replacing it.")
@@ -106,7 +106,14 @@ def restore(file: BinaryIO, *, counters: bool, noflush: bool, test: bool) -> Non
         click.echo(line)
 
 
-@commands.command(context_settings={"ignore_unknown_options": True})
+@commands.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=examples(
+        "run -- ./proxy --port 50080",
+        "run --recvorigaddrs -- ./udp-proxy",
+        codes="the program's own; 126 it cannot be run; 127 there is none; 1 its calls cannot be served here; 2 wrong usage.",
+    ),
+)
 @click.option(
     "--recvorigaddrs",
     is_flag=True,

@@ -9,16 +9,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from nfq_engine import wire
+from nfq_engine.cli_help import epilog
 from nfq_engine.control_client import Control, ControlError, reason
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+CODES: Final = "0 done; 1 the engine refused or is not there; 2 wrong usage."
+
+
+def examples(*lines: str, codes: str = CODES) -> str:
+    """Examples and exit codes below the help of a command."""
+    return epilog("tproxyctl", *lines, codes=codes)
 
 
 @contextmanager

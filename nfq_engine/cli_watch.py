@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nfq_engine import wire
-from nfq_engine.cli_forms import ask, console, endpoint, engine, flow, table
+from nfq_engine.cli_forms import ask, console, endpoint, engine, examples, flow, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +28,7 @@ _count: Final = click.option("-c", "--count", type=click.IntRange(1), metavar="N
 _TCP_FLAGS: Final = ((0x02, "S"), (0x10, "A"), (0x08, "P"), (0x01, "F"), (0x04, "R"))
 
 
-@click.command()
+@click.command(epilog=examples("monitor", "monitor --json -c 10"))
 @_as_json
 @_count
 def monitor(*, as_json: bool, count: int | None) -> None:
@@ -42,7 +42,7 @@ def monitor(*, as_json: bool, count: int | None) -> None:
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="Example: tproxyctl trace -p tcp --dport 80",
+    epilog=examples("trace -p tcp --dport 80", "trace --json --count 10 --decisions -s 10.0.0.0/24"),
 )
 @_as_json
 @click.option("--count", type=click.IntRange(1), metavar="N", help="End after N packets.")
@@ -123,15 +123,21 @@ class Rate:
     bytes: float
 
 
-@click.command()
+@click.command(epilog=examples("top", "top -i 5 -n 10", "top --json -c 1"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a look a line.")
 @click.option("-i", "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds a look.")
 @click.option("-n", "--lines", type=click.IntRange(1), default=20, show_default=True, help="How many connections.")
 @click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N looks.")
-def top(*, interval: float, lines: int, count: int | None) -> None:
+def top(*, interval: float, lines: int, count: int | None, as_json: bool) -> None:
     """Show the busiest connections, again and again, until Ctrl-C."""
     from rich.live import Live
 
     looks = islice(_looks(interval), count)
+    if as_json:
+        with suppress(KeyboardInterrupt):
+            for rates, total in looks:
+                click.echo(json.dumps({"connections": total, "busiest": [asdict(rate) for rate in rates[:lines]]}))
+        return
     terminal = console()
     try:
         if not terminal.is_terminal:

@@ -23,6 +23,7 @@ from typing import Any, Final, assert_never
 import click
 
 from nfq_engine import wire
+from nfq_engine.cli_help import epilog
 from nfq_engine.core.kernel_engine import KernelEngine
 from nfq_engine.core.nat import PortRange
 from nfq_engine.core.pipeline import Engine
@@ -239,7 +240,15 @@ def _read_ruleset(path: Path | None) -> str:
         raise click.ClickException(f"cannot read the ruleset {path}: {error}") from error
 
 
-@click.command(epilog="Exit codes: 0 ended by SIGTERM or SIGINT, 1 could not start (stderr says why), 2 wrong options.")
+@click.command(
+    epilog=epilog(
+        "tproxyd",
+        "",
+        "--datapath kernel --ruleset rules.txt",
+        "--queue-num 100 --fail-open",
+        codes="0 ended by SIGTERM or SIGINT; 1 could not start (stderr says why); 2 wrong options.",
+    )
+)
 @click.option(
     "--datapath",
     type=click.Choice([kind.value for kind in DatapathKind]),

@@ -11,6 +11,7 @@ from typing import Final
 
 import click
 
+from nfq_engine.cli_help import epilog
 from testbed import cli_completion as completion
 
 _SOON_S: Final = 1.0
@@ -45,8 +46,7 @@ LOGS: Final = click.option(
 
 def examples(*lines: str, codes: str = CODES) -> str:
     """Examples and exit codes below the help of a command."""
-    listed = "\n".join(f"  testbed {line}" for line in lines)
-    return f"\b\nExamples:\n{listed}\n\nExit codes: {codes}"
+    return epilog("testbed", *lines, codes=codes)
 
 
 @contextlib.contextmanager

@@ -269,6 +269,17 @@ def test_top_shows_the_busiest_connection_first(lab: Lab) -> None:
     assert float(busiest.split()[-1].replace(",", "")) > 1
 
 
+def test_top_tells_a_look_a_line_as_json(lab: Lab) -> None:
+    with proxy(lab) as listening, lab["host"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as near:
+        near.connect((lab["peer"].address(), 80))
+        far, _ = listening.accept()
+        with far:
+            told = lab["host"].run(["tproxyctl", "top", "--json", "--interval", "0.1", "--count", "2"]).stdout
+    looks = [json.loads(line) for line in told.splitlines()]
+    assert [(look["connections"], len(look["busiest"])) for look in looks] == [(1, 1)] * 2
+    assert looks[0]["busiest"][0]["connection"]["protocol"] == "tcp"
+
+
 def test_top_redraws_a_terminal(lab: Lab) -> None:
     reading, writing = pty.openpty()
     with lab["host"].namespace.entered():

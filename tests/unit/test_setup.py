@@ -386,6 +386,15 @@ def test_a_benchmark_that_is_not_there_gets_the_names_of_those_that_are(clone: C
     assert clone.calls() == []
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_who_asks_for_help_with_benchmarks_gets_it(clone: Clone, asked: str) -> None:
+    (clone.folder / "scripts/bench_walk.py").touch()
+    run = clone.run("scripts/bench", asked)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "  walk\n" in run.stdout
+    assert clone.calls() == []
+
+
 def test_a_benchmark_gets_its_arguments(clone: Clone) -> None:
     (clone.folder / "scripts/bench_walk.py").touch()
     clone.set_up()
