@@ -111,7 +111,7 @@ def restore(file: BinaryIO, *, counters: bool, noflush: bool, test: bool) -> Non
     epilog=examples(
         "run -- ./proxy --port 50080",
         "run --recvorigaddrs -- ./udp-proxy",
-        codes="the program's own; 126 it cannot be run; 127 there is none; 1 its calls cannot be served here; 2 wrong usage.",
+        codes="the program's own; 126 it cannot be run; 127 there is none; 1 its calls cannot be served; 2 usage.",
     ),
 )
 @click.option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import http.client
 import ipaddress
 import json
 import os
@@ -66,8 +67,11 @@ def held_sockets(lab: Lab, version: int) -> set[tuple[str, int]]:
         held.settimeout(PATIENCE)
         held.connect((lab["server"].address(version), 80))
         held.sendall(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n")
-        held.recv(1)  # the answer has begun, so both of the relay's sockets are there; HTTP/1.1 keeps them open
-        return lab["gateway"].call(connected_sockets)
+        answer = http.client.HTTPResponse(held)
+        answer.begin()  # so both of the relay's sockets are there; HTTP/1.1 keeps them open
+        found = lab["gateway"].call(connected_sockets)
+        answer.read()  # all of it: a connection that is closed unread is reset, and soon forgotten
+    return found
 
 
 def connected_sockets() -> set[tuple[str, int]]:

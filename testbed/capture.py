@@ -145,7 +145,7 @@ class CaptureSession:
         reader = self._armed()
         reader.wait(lambda: len(reader.frames) > amount, timeout)
 
-    def settle(self, within: float = 2.0) -> None:
+    def settle(self, within: float = 10.0) -> None:
         """Wait until every frame that reached a capture before this call has been read.
 
         CaptureError when that takes longer than `within` seconds, or when the reader failed.

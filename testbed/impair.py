@@ -28,7 +28,7 @@ from testbed.topology import End, Impairment, Link, Readiness, Topology
 WIRE: Final = "(wire)"  # the namespace between the nodes; no node may be called that
 LOG: Final = "impairments.log"  # in the lab's directory: who impairs what, and what the stage has to say
 KERNEL_MEANS: Final = ("netem", "tbf", "tc-redirect")  # by the names of capabilities.py
-_PATIENCE: Final = 2.0  # seconds for the stage to take over a change
+_PATIENCE: Final = 10.0  # seconds for the stage to take over a change
 _LAST_BREATH: Final = 0.5  # seconds from the closing of its sockets to its end
 
 

@@ -304,7 +304,7 @@ FEATURES: Final = (
         required=True,
         needed_for="the engine's own table",
         remedy="CONFIG_NF_TABLES, CONFIG_NF_TABLES_IPV4",
-        cost="no engine",
+        cost="no lab, with or without an engine",
         trial=_make_nft_chain,
     ),
     Feature(
@@ -312,7 +312,7 @@ FEATURES: Final = (
         required=True,
         needed_for="putting fragments together before the engine",
         remedy="CONFIG_NFT_CT, CONFIG_NF_CONNTRACK",
-        cost="no engine",
+        cost="no lab, with or without an engine",
         trial=_make_ct_rule,
     ),
     Feature(
@@ -336,7 +336,7 @@ FEATURES: Final = (
         required=True,
         needed_for="sending packets to the engine",
         remedy="either of nft-queue and xt-nfqueue",
-        cost="no engine",
+        cost="no lab, with or without an engine",
         trial=_make_any_queue_rule,
     ),
     Feature(
@@ -344,7 +344,7 @@ FEATURES: Final = (
         required=True,
         needed_for="packets in user space",
         remedy="CONFIG_NETFILTER_NETLINK_QUEUE; apt install libnetfilter-queue1",
-        cost="no engine",
+        cost="no lab, with or without an engine",
         trial=_bind_queue,
     ),
     Feature(

@@ -56,7 +56,7 @@ __tracebackhide__ = methodcaller("errisinstance", TestbedError)  # pytest shows 
 
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _ANSWER_PATIENCE: Final = 2.0  # seconds for an answer to a crafted packet
-_DELETE_PATIENCE: Final = 5.0  # seconds for the kernel to take the namespaces apart
+_DELETE_PATIENCE: Final = 20.0  # seconds for the kernel to take the namespaces apart
 
 _Result = TypeVar("_Result")
 

@@ -60,14 +60,22 @@ class Watch:
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
-        # Until all that waits has been read, the kernel drops what comes, and does not say so again.
-        with contextlib.suppress(BlockingIOError):
-            while self._news.recv(1 << 16, socket.MSG_DONTWAIT):
-                pass
+        self._drain()
         numbers = list(self._alive)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asking:
             refused = rtnetlink.send(asking, [rtnetlink.ask_namespace(number) for number in numbers])
             return [numbers[place] for place, code in refused if code == errno.ENOENT]
+
+    def _drain(self) -> None:
+        """Read all that waits: until then the kernel drops what comes, and perhaps does not say so again."""
+        while True:
+            try:
+                self._news.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def close(self) -> None:
         """Look no more."""

@@ -23,7 +23,7 @@ from nfq_engine import wire
 from testbed.journal import Entry
 from testbed.netns import Namespace
 
-_PATIENCE: Final = 2.0  # seconds for an engine to answer
+_PATIENCE: Final = 10.0  # seconds for an engine to answer
 _READ: Final = 1 << 18
 _TRACE: Final[wire.Message] = {"call": "trace", "arguments": []}
 # What is asked of an engine, and how many events of it are wanted.

@@ -2,10 +2,11 @@
 
 Owns: the end of a lab's processes, however the lab ends; SIGKILL is no exception. It reads from its standard input what
 it is responsible for, words and descriptors of namespaces, until that closes or the lab's process is gone. Then it
-kills every process whose network namespace is one of the lab's (any number of forks, sessions and users away from it)
-and removes the lab's temporary folders. It prints what it had to kill.
+kills every process whose network namespace is one of the lab's (any number of forks, sessions and users away from it),
+removes the lab's temporary folders, and has the kernel give up its connections. It prints what it had to kill.
 
-Runs as a script with the bare interpreter, which starts in 20 ms; so it imports nothing of ours.
+Runs as a script with the bare interpreter, which starts in 20 ms; so it imports nothing of ours, and what only the end
+needs it imports then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -21,6 +21,7 @@ import time
 
 PATIENCE = 5.0  # seconds for killed processes to be gone
 KEPT = "kept"  # owner.py
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 _MOST_DESCRIPTORS = 64  # that come with one message; the lab sends one
 
 Namespace = tuple[int, int]  # device and inode of /proc/PID/ns/net
@@ -77,13 +78,32 @@ class Warden:
             self.folders.clear()
 
     def clean(self) -> None:
-        """Kill until nothing is left, then remove the folders, but those that are to stay."""
+        """Kill until nothing is left, then remove the folders, but those that are to stay; last, connections."""
         deadline = time.monotonic() + PATIENCE
         while self.kill_all(deadline) and time.monotonic() < deadline:
             pass
-        for folder in self.folders:
-            if not os.access(f"{folder}/{KEPT}", os.F_OK):
+        if folders := [folder for folder in self.folders if not os.access(f"{folder}/{KEPT}", os.F_OK)]:
+            import shutil
+
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+        if self.namespaces:
+            self.give_up_connections()
+
+    def give_up_connections(self) -> None:
+        """Let TCP ask just once more where no program is left: it would ask for 100 s, and keep the namespace.
+
+        That is how long the other end, which is perhaps no more, has to answer (tcp(7), tcp_orphan_retries).
+        """
+        import ctypes
+
+        setns = ctypes.CDLL(None).setns
+        for descriptor in self.namespaces.values():
+            if setns(descriptor, CLONE_NEWNET) == 0:
+                with contextlib.suppress(OSError):
+                    file = os.open("sys/net/ipv4/tcp_orphan_retries", os.O_WRONLY, dir_fd=self.proc)
+                    os.write(file, b"1")
+                    os.close(file)
 
     def kill_all(self, deadline: float) -> bool:
         """Kill what is there now and wait for its end; false when nothing was."""

@@ -118,6 +118,7 @@ def test_a_kernel_that_first_loads_its_modules_is_waited_for(monkeypatch: pytest
             super().close()
 
     monkeypatch.setattr(socket, "socket", Lingering)
+    monkeypatch.setattr(kernel_probe, "_ANSWER_SECONDS", 10.0)  # a busy machine's timers are late
     failures = {feature.name: failure for feature, failure in kernel_probe.try_all()}
     assert failures["sock-destroy"] is None
 

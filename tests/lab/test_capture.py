@@ -375,14 +375,14 @@ def test_frames_that_were_read_but_are_not_in_the_file_yet_are_an_error(
     is_free, add = threading.Event(), PcapngWriter.add
 
     def add_late(self: PcapngWriter, frames: Sequence[Captured]) -> None:
-        if frames:
+        if any(frame[2].endswith(b"late") for frame in frames):  # not the kernel's own, which may come alone
             is_free.wait(10)
         add(self, frames)
 
     with link.udp_sender() as sender, CaptureSession(link.points, tmp_path) as session:
         monkeypatch.setattr(PcapngWriter, "add", add_late)
         sender.send(b"late")
-        with pytest.raises(CaptureError, match=r"not all frames were read within 0.2 s at left:eth0, right:eth0"):
+        with pytest.raises(CaptureError, match=r"not all frames were read within 0.2 s at (left|right):eth0"):
             session.settle(0.2)
         is_free.set()
         session.settle()

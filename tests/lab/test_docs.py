@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from pages import DOCS, Block, Command, blocks, commands, missing
+from traffic_checks import await_the_end_of_connections
 
+from testbed.capabilities import system_packages
 from testbed.lab import Lab
 from testbed.topology_file import loads
 
@@ -85,7 +87,32 @@ def cookbook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, obj
 def test_a_recipe_of_the_cookbook_holds(recipe: Block, cookbook: dict[str, object], tmp_path: Path) -> None:
     file = tmp_path / "recipe.py"  # failures quote the source
     file.write_text(recipe.text)
+    running = cookbook["lab"]
+    assert isinstance(running, Lab)
+    await_the_end_of_connections(running)  # what the recipe before left is not this one's
     exec(compile(recipe.text, file, "exec"), dict(cookbook))
+
+
+def test_the_tests_on_the_page_about_pytest_pass_as_they_stand(tmp_path: Path) -> None:
+    files: dict[str, str] = {}
+    for block in blocks("pytest.md"):
+        files[block.name] = files.get(block.name, "") + block.text
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--color=no"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stdout
+    tests = files["test_labs.py"].count("def test_") + 2  # two of them are run twice
+    outcomes = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert sum(outcomes.values()) == tests, done.stdout
+    assert outcomes.get("skipped", 0) == done.stdout.count("missing netem")
+
+
+def test_the_page_about_pytest_names_all_packages_that_are_needed() -> None:
+    (line,) = re.findall(r"^ +apt install (.+)$", (DOCS / "pytest.md").read_text(), re.MULTILINE)
+    needed = [entry.package for entry in system_packages() if entry.when in ("build", "required")]
+    assert sorted(line.split()) == sorted(needed)
 
 
 # ---- in CI and in containers ----

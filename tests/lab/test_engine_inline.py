@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_lab import until
+from engine_lab import PATIENCE, until
 from scapy.layers import inet
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
@@ -68,14 +68,14 @@ def bound(
     node: NodeHandle, kind: int, version: int, address: str, port: int = 0, listen: bool = False
 ) -> socket.socket:
     sock = node.namespace.socket(FAMILY[version], kind)
-    sock.settimeout(3)
+    sock.settimeout(PATIENCE)
     sock.bind((address, port))
     if listen:
         sock.listen()
     return sock
 
 
-def connect(node: NodeHandle, address: str, port: int, patience: float = 3) -> socket.socket:
+def connect(node: NodeHandle, address: str, port: int, patience: float = PATIENCE) -> socket.socket:
     sock = node.namespace.socket(FAMILY[6 if ":" in address else 4], TCP)
     sock.settimeout(patience)
     try:
@@ -216,7 +216,7 @@ def test_one_client_port_to_two_servers_through_one_proxy(lab: Lab, tproxy: Tpro
         for destination in destinations:
             near = stack.enter_context(client.namespace.socket(socket.AF_INET, TCP))
             near.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            near.settimeout(3)
+            near.settimeout(PATIENCE)
             near.bind((client.address(4), 40_000))
             near.connect((destination, 80))
             far, peer = proxy.accept()
@@ -231,7 +231,7 @@ def test_one_client_port_to_two_servers_through_one_proxy(lab: Lab, tproxy: Tpro
 
 def test_refused_redirect_looks_like_the_servers_refusal(lab: Lab) -> None:
     with pytest.raises(ConnectionRefusedError):
-        connect(lab["client"], lab["server"].address(4), 80, 3)
+        connect(lab["client"], lab["server"].address(4), 80)
 
 
 @versions
@@ -350,7 +350,7 @@ def test_bad_requests_are_told_and_change_nothing(
 
 def test_garbage_on_the_control_socket_harms_nobody(lab: Lab, tproxy: Tproxy) -> None:
     with lab["gateway"].namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
-        raw.settimeout(3)
+        raw.settimeout(PATIENCE)
         raw.connect("\0nfq-tproxy")
         raw.sendall(b"\xff\x00{]\n" + b"[" * 5000 + b"\n" + b"[1]\n")
         answers = b""
@@ -358,7 +358,7 @@ def test_garbage_on_the_control_socket_harms_nobody(lab: Lab, tproxy: Tproxy) ->
             answers += raw.recv(1 << 16)
         assert answers.count(b"not a request") == 3
     with lab["gateway"].namespace.socket(socket.AF_UNIX, socket.SOCK_STREAM) as endless:
-        endless.settimeout(3)
+        endless.settimeout(PATIENCE)
         endless.connect("\0nfq-tproxy")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - where it breaks is timing
             for _ in range(64):

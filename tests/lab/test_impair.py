@@ -84,9 +84,9 @@ def settled(lab: Lab) -> None:
         while before != lab.capture.total:
             before = lab.capture.total
             lab.capture.wait(before, QUIET)
-        lab.capture.settle()
+            lab.capture.settle()
         # A busy machine may keep the stage from its work for longer than that.
-        if time.monotonic() > deadline or not any("in user space" in note for note in lab.notes) or carried(lab):
+        if time.monotonic() > deadline or lab._stage is None or carried(lab):
             return
 
 
@@ -95,11 +95,16 @@ def carried(lab: Lab) -> bool:
     assert lab.capture is not None
     other = {end.label: far.label for link in lab.topology.links for end, far in (link.ends, link.ends[::-1])}
     for label, counts in lab.impairments.items():
-        sent = sum(frame.outgoing and frame.data[12:14] == TYPE for frame in lab.capture.frames(label))
+        sent = sum(frame.outgoing and TYPE in tags_and_type(frame) for frame in lab.capture.frames(label))
         arrived = sum(not frame.outgoing for frame in lab.capture.frames(other[label]))
         if counts.seen < sent or arrived != counts.seen - counts.lost - counts.overflowed + counts.duplicated:
             return False
     return True
+
+
+def tags_and_type(frame: Frame) -> list[bytes]:
+    """The type of a frame, and those of the tags before it, of which there are two at most."""
+    return [frame.data[place : place + 2] for place in (12, 16, 20)]
 
 
 def at_rest(lab: Lab) -> tuple[Mapping[str, Counts], list[Frame]]:
@@ -186,14 +191,14 @@ def test_what_netem_does_agrees_with_its_counters(tmp_path: Path) -> None:
 def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp_path: Path) -> None:
     with running(ONE_WAY % f"{{delay: 20ms, jitter: 10ms{seed}}}", tmp_path) as lab:
         send(lab, "a", 120, gap=0.005)  # for longer than a busy machine keeps the stage waiting
-        send(lab, "b", 20, gap=0.01)
+        send(lab, "b", 60, gap=0.01)
         settled(lab)
         there, back = ways(lab, "a", "b"), ways(lab, "b", "a")
     assert 0.0098 <= min(there) < 0.016
-    # A busy machine is late, never early, and not with all six.
-    latest = [max(there[begin : begin + 20]) for begin in range(0, 120, 20)]
-    assert max(latest) > 0.025
-    assert min(latest) < 0.034
+    assert max(there) > 0.025
+    # A busy machine is late, never early, and not with most of all six.
+    blocks = [sorted(there[begin : begin + 20]) for begin in range(0, 120, 20)]
+    assert min(block[15] for block in blocks) < 0.034
     assert min(back) < 0.0098
 
 
@@ -205,9 +210,19 @@ def test_reordered_frames_overtake_others(seed: str, tmp_path: Path) -> None:
         there, counts = ways(lab, "a", "b"), lab.impairments["a:eth0"]
         order = list(numbered(seen(lab, "b", outgoing=False)))
     assert order != sorted(order)
-    early = sum(way < 0.2 for way in there)
+    overtaking = {number for place, number in enumerate(order) if number > min(order[place:])}
+    early = sum(way < 0.2 or number in overtaking for number, way in enumerate(there))
     assert 15 < early < 45
     assert abs(early - counts.reordered) < 6  # other frames are among those that were counted
+
+
+def lateness(sent: Mapping[int, Frame], arrived: Mapping[int, Frame], each: float) -> list[float]:
+    """How many seconds after its time each frame arrived, at a rate at which one takes `each` seconds."""
+    found, free = [], 0.0
+    for number, frame in sent.items():
+        free = max(free, frame.time_ns / 1e9) + each
+        found.append(arrived[number].time_ns / 1e9 - free)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -222,20 +237,20 @@ def test_reordered_frames_overtake_others(seed: str, tmp_path: Path) -> None:
 )
 def test_a_rate_is_kept_within_a_tenth(impairment: str, means: str, tmp_path: Path) -> None:
     with running(ONE_WAY % f"{{{impairment}}}", tmp_path) as lab:
-        send(lab, "a", 150, size=1000)
+        send(lab, "a", 240, size=1000)
         settled(lab)
         sent, arrived = (numbered(seen(lab, node, outgoing=node == "a")) for node in "ab")
-        assert lab.impairments["a:eth0"].seen >= 150
+        assert lab.impairments["a:eth0"].seen >= 240
         assert (tmp_path / LOG).read_text() == f"a:eth0: impaired {means}\n"
-    assert list(arrived) == list(range(150))
-    # From the first one sent: tbf lets two pass at once. A busy machine is late, never early, and not with all.
-    rates = [(last + 1) * 8e12 / (arrived[last].time_ns - sent[0].time_ns) for last in range(100, 150)]
-    assert max(rates) == pytest.approx(4e6, rel=0.1)
+    assert list(arrived) == list(range(240))
+    late = lateness(sent, arrived, 8000 / 4e6)
+    assert min(late) > -0.01  # tbf lets two pass at once
+    assert min(late[100:]) < 0.02  # a busy machine is late, and not with all
 
 
 @pytest.mark.parametrize("seed", [STAGE, TBF])
 def test_what_finds_no_room_in_front_of_a_rate_is_lost_and_counted(seed: str, tmp_path: Path) -> None:
-    with running(ONE_WAY % f"{{rate: 8mbit{seed}}}", tmp_path) as lab:
+    with running(ONE_WAY % f"{{rate: 2mbit{seed}}}", tmp_path) as lab:
         for _ in range(6):  # a socket alone may be kept waiting until the kernel's queue has room
             send(lab, "a", 60, size=1500)
         settled(lab)
@@ -424,9 +439,11 @@ def test_the_kernel_is_told_of_a_change_and_nothing_that_was_counted_is_forgotte
         lab.impair("a:eth0", Impairment(rate=4_000_000))  # tbf in the place of tbf, or of netem
         send(lab, "a", 100, size=1000)
         settled(lab)
-        arrived = numbered(seen(lab, "b", outgoing=False)[before_that:])
-        rates = [(place - 1) * 8e12 / (arrived[place].time_ns - arrived[0].time_ns) for place in range(50, 100)]
-        assert max(rates) == pytest.approx(4e6, rel=0.15)
+        sent, arrived = numbered(seen(lab, "a", outgoing=True)), numbered(seen(lab, "b", outgoing=False)[before_that:])
+        late = lateness({number: sent[number] for number in arrived}, arrived, 8000 / 4e6)
+        assert len(late) == 100
+        assert min(late) > -0.01
+        assert min(late[50:]) < 0.015
         lab.impair("a:eth0", Impairment())
         assert arrive(lab) == 100
         counts = lab.impairments["a:eth0"]
@@ -504,7 +521,7 @@ def test_an_impaired_lab_is_up_says_who_impairs_it_works_and_is_down(name: str, 
         stage = stage_of(tmp_path / "logs")
         with record.namespace("b") as b, b.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
             receiver.bind(("10.0.0.2", 9))
-            receiver.settimeout(2)
+            receiver.settimeout(PATIENCE)
             asked = run_testbed("exec", "--lab", name, "a", "--", "bash", "-c", "echo hello >/dev/udp/10.0.0.2/9")
             assert (asked.returncode, receiver.recv(9)) == (0, b"hello\n"), asked.stderr
         assert note in registry.ask_report(record)

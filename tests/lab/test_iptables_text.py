@@ -33,7 +33,7 @@ def in_a_new_namespace(script: str) -> str:
 
 def restored(lines: list[str]) -> str:
     """A script that loads rules into the table mangle, which has both our chains."""
-    return "\n".join([f"{iptables()}-restore <<'EOF'", "*mangle", ":user - [0:0]", *lines, "COMMIT", "EOF", ""])
+    return "\n".join([f"{iptables()}-restore -w <<'EOF'", "*mangle", ":user - [0:0]", *lines, "COMMIT", "EOF", ""])
 
 
 def ours(lines: list[str]) -> Ruleset:
@@ -45,7 +45,7 @@ def ours(lines: list[str]) -> Ruleset:
 @pytest.mark.needs("other-users")
 def test_iptables_prints_what_we_print() -> None:
     lines = [f"-A {case.chain} {case.written}".strip() for case in SHARED]
-    printed = in_a_new_namespace(f"{restored(lines)}{iptables()} -t mangle -S").splitlines()
+    printed = in_a_new_namespace(f"{restored(lines)}{iptables()} -w -t mangle -S").splitlines()
     wanted = [
         specification(case.chain, case.rule)
         for chain in ("PREROUTING", "OUTPUT")
@@ -73,7 +73,7 @@ LISTED = [
 @pytest.mark.parametrize("options", ["-nv", "-nvx", "-n --line-numbers"])
 def test_iptables_lists_as_we_list(options: str) -> None:
     script = (
-        f"{restored(LISTED)}for chain in PREROUTING OUTPUT user; do {iptables()} -t mangle {options} -L $chain; done"
+        f"{restored(LISTED)}for chain in PREROUTING OUTPUT user; do {iptables()} -w -t mangle {options} -L $chain; done"
     )
     theirs = in_a_new_namespace(script).splitlines()
     ruleset = ours(LISTED)
@@ -119,7 +119,7 @@ REFUSED_BY_BOTH = [
 
 def test_iptables_refuses_what_we_refuse() -> None:
     script = "".join(
-        f"{iptables()} -t mangle -A PREROUTING {rule} 2>/dev/null && echo '{rule}'\n" for rule in REFUSED_BY_BOTH
+        f"{iptables()} -w -t mangle -A PREROUTING {rule} 2>/dev/null && echo '{rule}'\n" for rule in REFUSED_BY_BOTH
     )
     assert in_a_new_namespace(f"set +e\n{script}true") == ""
     for rule in REFUSED_BY_BOTH:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_lab import ANY, FOREIGN, TCP, UDP, EngineLab, engine_lab, exchange, until
+from engine_lab import ANY, FOREIGN, PATIENCE, TCP, UDP, EngineLab, engine_lab, exchange, until
 
 from nfq_engine.client import Flag
 from testbed.topology import Readiness
@@ -480,6 +480,7 @@ def test_setting_flags_deletes_so_that_the_next_packet_is_looked_up_afresh(
         listener.settimeout(0.2)
         with pytest.raises(TimeoutError):
             listener.recv(10)
+        listener.settimeout(PATIENCE)
         lab.tproxy.set_flags(listener, Flag.LISTEN)
         fresh = peer_of(lab)
         fresh.send(b"3")

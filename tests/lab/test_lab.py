@@ -75,7 +75,7 @@ def test_a_command_that_fails_is_an_error_with_what_it_said(command: list[str], 
 
 def test_captures_see_the_first_packet_of_a_service() -> None:
     with lab_of(f"{{services: {{s: {{command: ['{{python}}', -c, \"{SEND}\"]}}}}}}") as lab:
-        assert lab.programs["b", "s"].wait(5) == 0
+        assert lab.programs["b", "s"].wait(30) == 0
         assert lab.capture is not None
         lab.capture.settle()
         for point in ("b:eth0", "a:eth0"):
@@ -168,7 +168,20 @@ def test_what_a_service_left_behind_is_killed_and_told() -> None:
     assert lab.left_over in ([f"sleep (pid {daemon})"], [f"bash (pid {daemon})"])
 
 
-def test_a_socket_that_keeps_a_namespace_is_told() -> None:
+def test_a_connection_whose_program_is_gone_keeps_no_namespace() -> None:
+    """The kernel would go on for 100 s to tell the other end that it is over (tcp_orphan_retries)."""
+    with lab_of() as lab, lab["b"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.bind(("10.0.0.2", 80))
+        listening.listen()
+        with lab["a"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as near:
+            near.connect(("10.0.0.2", 80))
+            lab["b"].run(["ip", "link", "set", "eth0", "down"])
+            near.send(b"nobody hears that")
+    assert lab.left_over == []
+
+
+def test_a_socket_that_keeps_a_namespace_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.lab._DELETE_PATIENCE", 3.0)
     with lab_of() as lab:
         kept = lab["a"].namespace.socket(socket.AF_INET, socket.SOCK_DGRAM)
     kept.close()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -29,8 +30,11 @@ pytestmark = pytest.mark.lab
 # A lab whose services fork away from their session, with an impaired link; it says when it stands.
 OWNER = """
 import select, signal, sys
+import testbed.lab
 from testbed.lab import Lab
 from testbed.topology_file import loads
+testbed.lab.sweep = lambda: None  # it opens namespaces of others for a moment, which are not to be taken for its own
+print("begins", flush=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, when the test run is a shell's background job
 topology = loads('''
 name: {name}
@@ -48,24 +52,24 @@ with Lab(topology) as lab:
         pass
 print(*lab.left_over, flush=True)
 """
-STARTUP = 0.25  # seconds until Python has read the testbed, about
 CHANCE = random.Random(5)
-MOMENTS = [CHANCE.uniform(STARTUP, STARTUP + 0.5) for _ in range(8)]
+MOMENTS = [CHANCE.uniform(0, 0.5) for _ in range(8)]  # seconds after the testbed was imported
 PATIENCE = 20.0
 
 
 class Owner:
     """A process with a lab, that is going to be killed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, script: str = OWNER) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER.format(name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", script.format(name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def wait_until_up(self) -> None:
+    def wait_until(self, word: str) -> None:
+        """Wait until it has said that it `begins`, then that it is `up`."""
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "up\n"
+        assert self.process.stdout.readline() == f"{word}\n"
 
     def namespaces(self) -> dict[str, Namespace]:
         """Handles to the namespaces that it holds now."""
@@ -162,17 +166,19 @@ def test_news_that_find_no_room_while_older_ones_are_read_are_not_missed() -> No
 
 
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
-    owner.wait_until_up()
+    owner.wait_until("begins")
+    owner.wait_until("up")
     assert len(owner.processes()) >= 3
     output, _ = owner.process.communicate()
-    assert "sleep (pid " in output
+    assert re.search(r"(sleep|bash) \(pid ", output)  # it says `up`, and sleeps a moment later
     assert owner.processes() == []
     assert owner.folders() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
-    owner.wait_until_up()
+    owner.wait_until("begins")
+    owner.wait_until("up")
     namespaces = owner.namespaces()
     assert len(namespaces) == 4  # the nodes', and that of the impaired link
     with Watch(namespaces) as watch:
@@ -184,8 +190,36 @@ def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
     assert wait_for(owner.folders), owner.folders()
 
 
+# A connection with something left to say, and nobody who would hear it.
+SPEAKER = """
+    import socket
+    listening, near = (lab[node].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) for node in "ba")
+    listening.bind((lab["b"].address(), 80))
+    listening.listen()
+    near.connect((lab["b"].address(), 80))
+    lab["b"].run(["ip", "link", "set", "eth0", "down"])
+    near.send(b"nobody hears that")
+    print("up", flush=True)
+"""
+
+
+def test_sigkill_leaves_no_connection_that_keeps_a_namespace() -> None:
+    owner = Owner(f"speaker-{os.getpid()}", OWNER.replace('    print("up", flush=True)\n', SPEAKER))
+    with owner.process:
+        owner.wait_until("begins")
+        owner.wait_until("up")
+        namespaces = owner.namespaces()
+        with Watch(namespaces) as watch:
+            for namespace in namespaces.values():
+                namespace.close()
+            owner.process.kill()
+            assert watch.remaining(PATIENCE) == []
+    assert wait_for(owner.processes), owner.processes()
+
+
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment:.3f}s")
 def test_sigkill_at_any_moment_leaves_nothing(owner: Owner, moment: float) -> None:
+    owner.wait_until("begins")
     with contextlib.suppress(subprocess.TimeoutExpired):
         owner.process.wait(moment)
     owner.process.send_signal(signal.SIGSTOP)  # so that what it holds now can be looked at
@@ -325,7 +359,8 @@ def test_an_owner_that_is_hidden_is_not_taken_for_gone(monkeypatch: pytest.Monke
 
 
 def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:
-    owner.wait_until_up()
+    owner.wait_until("begins")
+    owner.wait_until("up")
     (warden,) = (int(text.split()[0]) for text in owner.processes() if "warden.py" in text)
     os.kill(warden, signal.SIGKILL)
     owner.process.kill()

@@ -54,6 +54,13 @@ def wait_until_gone(pid: int) -> bool:
     return not is_alive(pid)
 
 
+def await_environment(pid: int) -> None:
+    """An exec that has just begun shows none yet."""
+    deadline = time.monotonic() + PATIENCE
+    while not Path(f"/proc/{pid}/environ").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def shell(script: str) -> tuple[str, ...]:
     return ("bash", "-c", script)  # dash knows no descriptor above 9
 
@@ -153,7 +160,7 @@ def test_a_program_that_ended_by_itself_is_noticed(namespace: Namespace, tmp_pat
     script = "trap 'echo gone; exit 4' USR1; echo up; while :; do sleep 0.01; done"
     program = Program("a/x", shell(script), namespace, tmp_path / "log", Readiness(log="up"))
     os.kill(program.pid, signal.SIGUSR1)
-    assert program.wait(5) == 4
+    assert program.wait(PATIENCE) == 4
     with pytest.raises(ServiceError, match=r"(?s)a/x ended with exit status 4.*\| gone"):
         program.check()
     program.stop()
@@ -188,6 +195,8 @@ def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else(monkeypa
         for what, mark in marks.items()
     }
     try:
+        for sleeper in sleepers.values():
+            await_environment(sleeper.pid)
         assert sweep() == [sleepers["its owner is gone"].pid]
         assert sleepers["its owner is gone"].wait(PATIENCE) == -signal.SIGKILL
         assert sleepers["its owner lives"].poll() is None

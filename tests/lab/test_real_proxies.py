@@ -35,7 +35,7 @@ pytestmark = pytest.mark.lab
 
 SIZE = 200_000
 PORT = 3129
-READY = Readiness(port=PORT, within=20)
+READY = Readiness(port=PORT, within=60)
 PATIENCE = 10.0
 LIE = "203.0.113.9"  # nobody's address (RFC 5737)
 TOPOLOGY = """

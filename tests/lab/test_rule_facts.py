@@ -71,7 +71,7 @@ def answer_datagrams(sock: socket.socket, word: bytes) -> None:
 def reached(lab: EngineLab, protocol: str, version: int, *, is_other: bool) -> str:
     """Who answers a program of the gateway, which runs as user 4711 or as root."""
     who = [f"--reuid={UID}", f"--regid={GID}", "--clear-groups"] if is_other else []
-    script = f"exec 3<>/dev/{protocol}/{lab.server.address(version)}/82; echo hello >&3; timeout 3 head -n 1 <&3"
+    script = f"exec 3<>/dev/{protocol}/{lab.server.address(version)}/82; echo hello >&3; timeout 10 head -n 1 <&3"
     return lab.gateway.run(["setpriv", *who, "bash", "-c", script]).stdout.strip()
 
 

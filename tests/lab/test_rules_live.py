@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_lab import ANY, TCP, EngineLab, engine_lab
+from engine_lab import ANY, PATIENCE, TCP, EngineLab, engine_lab
 
 pytestmark = pytest.mark.lab
 
@@ -29,7 +29,7 @@ def rule(lab: EngineLab, text: str, status: int = 0) -> str:
 def is_redirected(lab: EngineLab, port: int) -> bool:
     """Does the client come to the proxy, and not to the server, which refuses?"""
     with lab.client.namespace.socket(socket.AF_INET, TCP) as near:
-        near.settimeout(3)
+        near.settimeout(PATIENCE)
         try:
             near.connect((lab.server.address(), port))
         except ConnectionRefusedError:

@@ -146,7 +146,7 @@ def test_a_command_that_a_signal_ends_ends_as_a_shell_tells_it(tmp_path: Path) -
 def test_a_step_is_tried_again_until_it_comes_out_as_it_should(tmp_path: Path) -> None:
     count = "echo x >> seen; test $(wc -l < seen)"
     in_time = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -ge 3'], retry: 10s}}"
-    never = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -lt 3'], retry: 2s}}"
+    never = f"run: {{in: a, command: [sh, -c, 'cd {tmp_path}; {count} -lt 3'], retry: 5s}}"
     result = run_testbed("run", written(tmp_path, in_time, never), "--directory", tmp_path / "logs")
     assert [line.split()[:2] for line in result.stdout.splitlines()[:2]] == [["ok", "1"], ["FAILED", "2"]]
     assert (tmp_path / "seen").read_text().count("x") >= 5

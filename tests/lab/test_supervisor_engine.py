@@ -89,7 +89,7 @@ def test_a_program_outlives_engines(start: Start, namespace: Namespace, gate: Pa
 
 def test_an_engine_that_does_not_answer_hangs_nobody(start: Start, namespace: Namespace, gate: Path) -> None:
     with namespace.entered():
-        run = start(sys.executable, "-c", ASSIGN_ON_DEMAND, gate, engine=True, patience=3)
+        run = start(sys.executable, "-c", ASSIGN_ON_DEMAND, gate, engine=True, patience=6)
     with Engine(namespace) as engine, gate.open("w", buffering=1) as orders:
         for number, port, expected in [(None, 80, "OK"), (signal.SIGSTOP, 81, "ETIMEDOUT"), (signal.SIGCONT, 82, "OK")]:
             if number is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_lab import UDP, EngineLab, engine_lab, until
+from engine_lab import PATIENCE, UDP, EngineLab, engine_lab, until
 from supervisor_runs import IP_RECVORIGADDRS, compile_c
 
 from testbed.process import Program
@@ -37,7 +37,7 @@ def lines(program: Program) -> list[str]:
 
 def finished(program: Program) -> list[str]:
     """What it printed; it must have ended well."""
-    assert program.wait(5) == 0, program.account()
+    assert program.wait(60) == 0, program.account()
     return lines(program)
 
 
@@ -115,7 +115,7 @@ def test_a_program_that_waits_for_a_datagram_outlives_the_engine(lab: EngineLab,
     assert near.recv(100) == b"one"
     engine = lab.lab.programs["gateway", ENGINE]
     os.kill(engine.pid, signal.SIGKILL)
-    assert engine.wait(5) == -signal.SIGKILL
+    assert engine.wait(PATIENCE) == -signal.SIGKILL
     lab.lab._start_engine(lab.lab.topology.node("gateway"))
     later = client_socket(lab)
     later.send(b"two")

@@ -208,6 +208,9 @@ def test_down_tells_what_died(lab: str, tmp_path: Path) -> None:
     record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
     (web,) = [pid for pid in in_lab("http.server") if parent(pid) == record["pid"]]
     os.kill(web, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while start_time(web) and time.monotonic() < deadline:
+        time.sleep(0.01)
     done = run_testbed("down", lab)
     assert done.returncode == 1
     assert f"{lab} is down, but\nb/web was ended by SIGKILL" in done.stderr
@@ -250,7 +253,10 @@ def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path:
     done = run_testbed("up", file, "--directory", tmp_path / "second")  # waits until the other one is gone
     try:
         assert done.returncode == 0, done.stderr
-        assert len(in_lab(LONG)) == 1
+        deadline = time.monotonic() + PATIENCE
+        while not (left := in_lab(LONG)) and time.monotonic() < deadline:  # what says `ready` sleeps a moment later
+            time.sleep(0.02)
+        assert len(left) == 1
     finally:
         run_testbed("down", name)
     assert in_lab(LONG) == []
@@ -549,7 +555,7 @@ def test_progress_of_what_takes_long_is_told_on_a_terminal_only(
     slow.write_text(
         "name: slow\nnodes:\n  a:\n    services:\n"
         "      late:\n"
-        "        command: [sh, -c, 'trap \"sleep 1.5; exit 0\" TERM; sleep 1.5; echo here; sleep 60 & wait']\n"
+        "        command: [sh, -c, 'trap \"sleep 2.5; exit 0\" TERM; sleep 3; echo here; sleep 60 & wait']\n"
         "        ready: {log: here}\n"
     )
     told = run_and_read_stderr(slow, "--", "true", is_terminal=is_terminal)
@@ -559,7 +565,7 @@ def test_progress_of_what_takes_long_is_told_on_a_terminal_only(
 @pytest.mark.parametrize("as_json", [pytest.param((), id="text"), pytest.param(("--json",), id="JSON")])
 def test_a_step_that_takes_long_is_told_while_it_does(file: Path, tmp_path: Path, as_json: tuple[str, ...]) -> None:
     scenario = tmp_path / "scenario.yaml"
-    step = "run: {in: a, command: [sh, -c, sleep 1.5, '[/no markup]']}"
+    step = "run: {in: a, command: [sh, -c, sleep 3, '[/no markup]']}"
     scenario.write_text(f"name: x\ntopology: {file.name}\nsteps: [{step}]\n")
     assert b"[/no markup]" in run_and_read_stderr(scenario, *as_json, is_terminal=True)
 

@@ -258,7 +258,7 @@ def test_top_shows_the_busiest_connection_first(lab: Lab) -> None:
     with proxy(lab) as listening, lab["host"].namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as near:
         near.connect((lab["peer"].address(), 80))
         far, _ = listening.accept()
-        with far, Watcher(lab, "top", "--interval", "0.5", "--count", "2").process as process:
+        with far, Watcher(lab, "top", "--interval", "2", "--count", "1").process as process:
             while process.poll() is None:
                 near.sendall(bytes(1000))
                 far.recv(1 << 16)

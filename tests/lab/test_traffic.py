@@ -47,7 +47,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def ask(lab: Lab, *words: object) -> dict[str, object]:
     """What a client prints in the node `client`."""
-    output = lab["client"].run(["python", "-m", "testbed.traffic", *map(str, words)], timeout=PATIENCE).stdout
+    output = lab["client"].run(["python", "-m", "testbed.traffic", *map(str, words)], timeout=60).stdout
     said: dict[str, object] = json.loads(output)
     return said
 
@@ -55,7 +55,7 @@ def ask(lab: Lab, *words: object) -> dict[str, object]:
 @pytest.mark.parametrize("address", [pytest.param("10.0.0.2", id="ipv4"), pytest.param("fd00::2", id="ipv6")])
 def test_clients_get_what_servers_answer(lab: Lab, address: str) -> None:
     # More than the sockets' buffers hold on both ways: it must read while it sends.
-    tcp = ask(lab, "tcp-ask", address, "--port", 7, "--size", 20_000_000)
+    tcp = ask(lab, "tcp-ask", address, "--port", 7, "--size", 20_000_000, "--timeout", 30)
     assert (tcp["sent"], tcp["answered"], tcp["peer"]) == (20_000_000, 20_000_000, f"{address} 7")
     udp = ask(lab, "udp-ask", address, "--port", 7, "--count", 2)
     assert (udp["answered"], udp["senders"]) == (2, [f"{address} 7"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_lab import ANY, FOREIGN, UDP, EngineLab, engine_lab, until
+from engine_lab import ANY, FOREIGN, PATIENCE, UDP, EngineLab, engine_lab, until
 
 from nfq_engine.client import Flag
 from testbed.process import Program
@@ -68,7 +68,7 @@ def test_answer_of_an_unmodified_program_comes_from_where_the_datagram_was_sent(
     client.sendto(b"who are you?", (FOREIGN[4], 5353))
     data, peer = client.recvfrom(100)
     assert (data, peer) == (b"who are you?", (FOREIGN[4], 5353))
-    assert program.wait(5) == 0
+    assert program.wait(PATIENCE) == 0
     told = program.log.read_text()
     assert f"source {lab.client.address()}:40000" in told
     assert f"destination {FOREIGN[4]}:5353" in told
@@ -229,7 +229,7 @@ def test_own_datagrams_are_redirected_one_way_at_output(tmp_path: Path, datapath
         asking = lab.bound(lab.gateway, UDP, "127.0.0.1")
         asking.sendto(b"who?", ("127.0.0.9", 5353))
         assert asking.recvfrom(10) == (b"who?", ("127.0.0.9", 5353))
-        assert program.wait(5) == 0
+        assert program.wait(PATIENCE) == 0
         assert "destination 127.0.0.9:5353" in program.log.read_text()
         assert lab.reasons("OUTPUT")["unidir"] == 1
         until(lambda: lab.ask("connections") == [], "no state but the answer's, which went with its socket")
@@ -244,7 +244,7 @@ def test_program_is_told_both_original_addresses_of_a_mapped_datagram(
     for port in (5000, 5001):
         program = run(lab, programs, "udp_origin", address, "50053")
         client.sendto(b"?", (FOREIGN[4], port))
-        assert program.wait(5) == 0
+        assert program.wait(PATIENCE) == 0
         told = program.log.read_text()
         assert f"source {lab.client.address()}:40000" in told
         assert f"destination {FOREIGN[4]}:{port}" in told
@@ -255,7 +255,7 @@ def test_program_on_every_address_is_told_both_original_addresses_of_a_one_way_d
 ) -> None:
     program = run(lab, programs, "udp_listener", "0.0.0.0", "50053")
     lab.bound(lab.client, UDP, lab.client.address(), 40000).sendto(b"?", (FOREIGN[4], 5353))
-    program.wait(5)
+    assert program.wait(PATIENCE) == 0
     told = program.log.read_text()
     assert f"source {lab.client.address()}:40000" in told
     assert f"destination {FOREIGN[4]}:5353" in told

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import time
 from pathlib import Path
 
+from testbed.lab import Lab
 from testbed.netns import Namespace
 
 PORT = 7
@@ -22,6 +24,21 @@ def gets_through(source: Namespace, destination: Namespace, address: str, within
             return receiver.recv(16) == b"through"
         except OSError:
             return False
+
+
+def await_the_end_of_connections(lab: Lab, within: float = 10.0) -> None:
+    """Wait until no TCP socket in any node has anything to say any more, or has gone without."""
+    deadline = time.monotonic() + within
+    while any(lab[node.name].call(has_connections) for node in lab.topology.nodes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def has_connections() -> bool:
+    """Whether this thread's namespace has TCP sockets that are neither LISTEN nor TIME_WAIT (proc_net_tcp)."""
+    lines = [
+        line for name in ("tcp", "tcp6") for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()
+    ]
+    return any(line.split()[3] not in ("0A", "06", "st") for line in lines)
 
 
 def tcpdump(file: Path, words: str) -> str:

@@ -13,6 +13,7 @@
 enum { LATER = 20000, MUCH_LATER = 150000 }; /* microseconds */
 
 static int fd;
+static volatile int is_done;
 
 static void quiet(int number)
 {
@@ -72,11 +73,21 @@ static void receive(const char *what)
 	fflush(stdout);
 }
 
+/* A handler may be late, and say its word twice. */
+static void drain(void)
+{
+	char data[10];
+
+	while (recv(fd, data, sizeof data, MSG_DONTWAIT) >= 0)
+		;
+}
+
 static void wait_for_alarm(const char *what)
 {
 	alarm_every(LATER);
 	receive(what);
 	alarm_every(0);
+	drain();
 }
 
 static void *sleep_on(void *unused)
@@ -94,12 +105,25 @@ static void *say_much_later(void *unused)
 	return unused;
 }
 
-static void *signal_later(void *thread)
+/* Again and again: the thread may not wait yet. */
+static void *signal_until_it_is_done(void *thread)
 {
 	block(SIG_BLOCK);
-	usleep(LATER);
-	pthread_kill(*(pthread_t *)thread, SIGALRM);
+	for (usleep(LATER); !is_done; usleep(LATER))
+		pthread_kill(*(pthread_t *)thread, SIGALRM);
 	return NULL;
+}
+
+static void receive_signalled(const char *what)
+{
+	pthread_t self = pthread_self(), thread;
+
+	is_done = 0;
+	pthread_create(&thread, NULL, signal_until_it_is_done, &self);
+	receive(what);
+	is_done = 1;
+	pthread_join(thread, NULL);
+	drain();
 }
 
 static void *take_signals(void *unused)
@@ -147,14 +171,13 @@ static void with_a_thread(const char *what, void *(*run)(void *), void *argument
 	pthread_create(&thread, NULL, run, argument);
 	wait_for_alarm(what);
 	pthread_join(thread, NULL);
+	drain();
 }
 
 static void in_threads(void)
 {
-	static pthread_t self;
 	pthread_t thread;
 
-	self = pthread_self();
 	handle(quiet, 0);
 	pthread_create(&thread, NULL, sleep_on, NULL);
 	wait_for_alarm("process");
@@ -177,13 +200,9 @@ static void in_threads(void)
 	block(SIG_UNBLOCK);
 
 	handle(quiet, 0);
-	pthread_create(&thread, NULL, signal_later, &self);
-	receive("thread");
-	pthread_join(thread, NULL);
+	receive_signalled("thread");
 	handle(say, SA_RESTART);
-	pthread_create(&thread, NULL, signal_later, &self);
-	receive("thread-restart");
-	pthread_join(thread, NULL);
+	receive_signalled("thread-restart");
 
 	handle(quiet, 0);
 	pthread_create(&thread, NULL, wait_in_thread, "second-goes-on");

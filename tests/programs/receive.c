@@ -149,11 +149,18 @@ static void limits(int fd)
 	report("file", recvmsg(1, &m, 0), &m);
 }
 
+/* Again and again: the program may not wait yet when the first one comes. */
+static void alarm_every(int microseconds)
+{
+	struct itimerval every = {.it_value.tv_usec = microseconds, .it_interval.tv_usec = microseconds};
+
+	setitimer(ITIMER_REAL, &every, NULL);
+}
+
 static void waiting(int fd)
 {
 	struct timeval limit = {.tv_usec = 30000}, none = {0};
 	struct sigaction action = {.sa_handler = interrupted};
-	struct itimerval soon = {.it_value.tv_usec = 20000};
 	pthread_t thread;
 
 	pthread_create(&thread, NULL, say_later, &fd);
@@ -166,33 +173,35 @@ static void waiting(int fd)
 	one("nonblocking-socket", fd, 0);
 	need(fcntl(fd, F_SETFL, 0), "fcntl");
 	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &soon, NULL);
+	alarm_every(20000);
 	one("signal", fd, 0);
+	alarm_every(0);
 	say(fd, "abcd");
 	one("after-signal", fd, 0);
 	action.sa_flags = SA_RESTART;
 	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &soon, NULL);
+	alarm_every(20000);
 	pthread_create(&thread, NULL, say_later, &fd);
 	one("restarted", fd, 0);
+	alarm_every(0);
 	pthread_join(thread, NULL);
 }
 
 /* A socket whose recvmsg a signal ended is closed by its close. */
 static void let_go(void)
 {
-	struct itimerval soon = {.it_value.tv_usec = 20000};
 	struct sigaction action = {.sa_handler = interrupted};
 	struct sockaddr_in self = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 	socklen_t length = sizeof self;
-	int fd = socket(AF_INET, SOCK_DGRAM, 0), tries = 1000;
+	int fd = socket(AF_INET, SOCK_DGRAM, 0), tries = 10000;
 
 	need(bind(fd, (struct sockaddr *)&self, sizeof self), "bind");
 	need(getsockname(fd, (struct sockaddr *)&self, &length), "getsockname");
 	set(fd, IP_RECVORIGADDRS, 1, "RECVORIGADDRS");
 	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &soon, NULL);
+	alarm_every(20000);
 	one("signal-then-close", fd, 0);
+	alarm_every(0);
 	close(fd);
 	fd = socket(AF_INET, SOCK_DGRAM, 0);
 	while (bind(fd, (struct sockaddr *)&self, sizeof self) < 0 && --tries)
