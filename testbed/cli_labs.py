@@ -63,7 +63,7 @@ def up(file: Path, directory: Path | None, *, as_json: bool) -> None:
     context_settings={"ignore_unknown_options": True},
     epilog=examples(
         "run lab.yaml -- ./my-test.sh",
-        "run lab.yaml --in client --report lab.html -- curl http://10.0.1.2/",
+        "run lab.yaml --in client --report lab.html -- python -m testbed.traffic fetch http://10.0.1.2/",
         "run topologies/scenarios/proxy-dies.yaml --json",
         "run --keep topologies/scenarios/proxy-dies.yaml",
         codes=f"{COMMANDS_CODE} Of a scenario: 0 all steps came out as they should; 1 one failed.",

@@ -6,7 +6,7 @@ when a test asks for it.
 
     @pytest.mark.topology("proxy.yaml")
     def test_the_client_is_served(lab):
-        lab["client"].run(["curl", "http://10.0.1.2/"])
+        lab["client"].run(["python", "-m", "testbed.traffic", "fetch", "http://10.0.1.2/"])
 """
 
 from __future__ import annotations

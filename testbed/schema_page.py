@@ -15,6 +15,8 @@ from functools import reduce
 from importlib.resources import files
 from typing import Any, Final
 
+from nfq_engine.core.decision import Reason
+
 _TOPOLOGY: Final = """\
 # Topology files
 
@@ -25,6 +27,19 @@ This page is made from `testbed/topology.schema.json`, which editors understand,
 server, a first line in the file does it:
 
     # yaml-language-server: $schema=…/testbed/topology.schema.json
+
+## Addresses and routes
+
+Ends without `addresses` get one of each family, in the order of the links: the first segment has 10.0.0.0/24 and fd00::/64, the
+next one 10.0.1.0/24 and fd00:0:0:1::/64, and so on; in each the ends are 1, 2 … What bridges join is one segment, and subnets
+that the file names are left out. In a segment that has a subnet, such ends get its lowest free addresses. Link-local addresses
+are given to all interfaces with IPv6. They are usable at once: there is no duplicate address detection in a lab.
+
+Every node but bridges gets routes by the shortest way to every subnet; a host whose ways all begin at one router gets a default
+route instead. A route that the file gives stands. Reverse path filtering is off, so answers may take another way. What is known
+of a topology without building it: `testbed plan FILE`, `testbed diagram FILE`.
+
+Bridges that make a loop are refused, unless one of them has `setup`, which may start what keeps frames from going round.
 """
 _SCENARIO: Final = """\
 # Scenario files
@@ -33,6 +48,8 @@ A scenario is a lab as a regression test, without Python: a topology, and steps 
 `testbed run FILE` prints a line a step and ends with 0 only if all came out as they should; the first that fails is the
 last. Mistakes in the file are told before anything is built: `testbed validate FILE`. `topologies/scenarios/` has four
 to begin with, and [tutorial.md](tutorial.md) an example.
+
+A duration is a number with its unit: `300us`, `500ms`, `1.5s`. Only `within` of a program's `ready` is a bare number, of seconds.
 
 This page is made from `testbed/scenario.schema.json`.
 """
@@ -70,7 +87,9 @@ def scenario_page() -> str:
     parts = [_SCENARIO, *_section("The file", schema, "")]
     for name, step in schema["$defs"]["step"]["properties"].items():
         parts += _section(f"A step: `{name}`", step, name)
-    return "\n".join(parts)
+    reasons = ", ".join(f"`{reason}`" for reason in Reason)
+    parts += ["## The reasons of an engine's counters", "", f"{reasons}."]
+    return "\n".join(parts) + "\n"
 
 
 PAGES: Final = {"topology": topology_page, "scenario": scenario_page}

@@ -334,7 +334,7 @@ SERVICE = (
 def fetch(lab: Lab, node: str, host: str, folder: Path) -> bytes:
     """A file over HTTP."""
     target = folder / "got"
-    lab[node].run(["curl", "-sS", "--max-time", "20", f"http://{host}/", "-o", str(target)])
+    lab[node].run(["python", "-m", "testbed.traffic", "fetch", f"http://{host}/", "--output", str(target)])
     return target.read_bytes()
 
 

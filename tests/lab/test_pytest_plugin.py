@@ -431,8 +431,9 @@ def test_a_kept_lab_lives_on_as_it_was_until_it_is_ended(
     (record,) = [record for record in registry.records() if record.name == name]
 
     sweep()  # as any lab does that starts: the processes' first owner is gone
-    fetched = run_testbed("exec", "--lab", name, "a", "--", "curl", "-sSI", "http://10.0.0.2:8000/")
-    assert "200 OK" in fetched.stdout, fetched.stderr
+    fetch = ("python", "-m", "testbed.traffic", "fetch", "http://10.0.0.2:8000/")
+    fetched = run_testbed("exec", "--lab", name, "a", "--", *fetch)
+    assert '"status": 200' in fetched.stdout, fetched.stderr
 
     service_pids = inside(record, "b")
     assert len(service_pids) == 1

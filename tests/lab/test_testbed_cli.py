@@ -96,21 +96,9 @@ def test_a_lab_outlives_the_command_that_started_it_and_ends_with_down(lab: str,
     assert record["nodes"] == ["a", "b"]
     assert lab in run_testbed("ls").stdout
 
-    fetched = run_testbed(
-        "exec",
-        "--lab",
-        lab,
-        "a",
-        "--",
-        "curl",
-        "-sS",
-        "-o",
-        "/dev/null",
-        "-w",
-        "%{http_code}",
-        "http://[fd00::2]:8000/",
-    )
-    assert (fetched.returncode, fetched.stdout) == (0, "200"), fetched.stderr
+    fetch = ("python", "-m", "testbed.traffic", "fetch", "http://[fd00::2]:8000/")
+    fetched = run_testbed("exec", "--lab", lab, "a", "--", *fetch)
+    assert (fetched.returncode, json.loads(fetched.stdout)["status"]) == (0, 200), fetched.stderr
 
     again = run_testbed("up", tmp_path / "lab.yaml")
     assert again.returncode == 1

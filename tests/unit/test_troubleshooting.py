@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
 
 # What somebody else says, or is no message but a command or option.
-OTHERS = {"Read-only file system: '/proc/sys/": "the kernel", "testbed exec": "a command", "--lab-shell": "an option"}
+OTHERS = {"Read-only file system: '/proc/sys/": "the kernel", "testbed exec": "a command"}
 
 
 def quoted() -> list[str]:
