@@ -5,14 +5,18 @@
     tproxy.set_flags(sock, Flag.CONNECT)
 
 The calls are those of `setsockopt(IP_TPROXY)` and fail as it does: OSError with the errno that `sockopt.py` tells.
-Without an engine in this network namespace: ENOPROTOOPT, as on a kernel without tproxy.
+Without an engine in this network namespace: ENOPROTOOPT, as on a kernel without tproxy. ConnectionError when the engine
+has ended meanwhile: what lives longer than an engine may asks through an `EngineConnection`.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from nfq_engine import wire
 from nfq_engine.control_client import Control, ControlError
@@ -21,7 +25,9 @@ from nfq_engine.core.option import Operation, pack_address, pack_number, unpack_
 from nfq_engine.core.packet import Endpoint, FlowTuple, Protocol
 from nfq_engine.core.sockref import Flag
 
-__all__ = ["ControlError", "Endpoint", "Flag", "Tproxy"]
+__all__ = ["ControlError", "Endpoint", "EngineConnection", "Flag", "Tproxy"]
+
+_Result = TypeVar("_Result")
 
 _LARGEST_DATAGRAM: Final = 0x10000
 _CONTROL_SIZE: Final = 1024
@@ -123,6 +129,35 @@ class Tproxy(Control):
         if pid is not None:
             request["pid"] = pid
         return self.call(request, descriptor)
+
+
+class EngineConnection:
+    """The engine of this network namespace, for a program that outlives it: connected when a question needs it.
+
+    Whoever takes it from one namespace into another may ask another engine after a restart.
+    """
+
+    def __init__(self) -> None:
+        self._client: Tproxy | None = None
+
+    def ask(self, question: Callable[[Tproxy], _Result]) -> _Result:
+        """The engine's reply; OSError with its errno, ENOPROTOOPT when there is none, ETIMEDOUT when it is stuck."""
+        try:
+            return self._ask_once(question)
+        except ConnectionError:  # the engine that was connected is gone; maybe there is a new one
+            return self._ask_once(question)
+
+    def _ask_once(self, question: Callable[[Tproxy], _Result]) -> _Result:
+        if self._client is None:
+            self._client = Tproxy()
+        try:
+            return question(self._client)
+        except (ConnectionError, TimeoutError) as problem:  # a late reply must not meet the next question
+            self._client.close()
+            self._client = None
+            if isinstance(problem, TimeoutError):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from problem
+            raise
 
 
 def _flow_from(reply: wire.Message, protocol: Protocol) -> FlowTuple:

@@ -18,7 +18,7 @@ from typing import Final
 
 import click
 
-from nfq_engine.client import Endpoint, Flag, Tproxy
+from nfq_engine.client import Endpoint, EngineConnection, Flag, Tproxy
 from nfq_engine.core.packet import format_address
 
 log: Final = logging.getLogger("relay")
@@ -34,7 +34,8 @@ class TransparentRelay:
         """`same_port`: keep the client's port too, not only its address."""
         self._port = port
         self._same_port = same_port
-        self._tproxy = Tproxy()
+        self._engine = EngineConnection()
+        self._engine.ask(lambda _: None)  # without one to begin with, it says so now
 
     async def serve(self, notify: int | None) -> None:
         """Accept connections, IPv4 and IPv6, until cancelled."""
@@ -48,7 +49,7 @@ class TransparentRelay:
         accepted: socket.socket = writer.get_extra_info("socket")
         client = Endpoint.of(*accepted.getpeername()[:2])
         try:
-            destination = self._tproxy.original_destination(accepted)
+            destination = self._engine.ask(lambda engine: engine.original_destination(accepted))
             outward = self._socket_as(client, destination)
             async with asyncio.timeout(_PATIENCE):
                 onward = await _connected(outward, destination)
@@ -71,8 +72,9 @@ class TransparentRelay:
             outward.setblocking(False)
             outward.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             outward.bind((_local_address_towards(destination), 0))
-            self._tproxy.assign(outward, format_address(client.address), client.port if self._same_port else 0)
-            self._tproxy.set_flags(outward, Flag.CONNECT)
+            address, port = format_address(client.address), client.port if self._same_port else 0
+            self._engine.ask(lambda engine: engine.assign(outward, address, port))
+            self._engine.ask(lambda engine: engine.set_flags(outward, Flag.CONNECT))
         except OSError:
             outward.close()
             raise

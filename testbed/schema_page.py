@@ -30,16 +30,18 @@ server, a first line in the file does it:
 
 ## Addresses and routes
 
-Ends without `addresses` get one of each family, in the order of the links: the first segment has 10.0.0.0/24 and fd00::/64, the
-next one 10.0.1.0/24 and fd00:0:0:1::/64, and so on; in each the ends are 1, 2 … What bridges join is one segment, and subnets
-that the file names are left out. In a segment that has a subnet, such ends get its lowest free addresses. Link-local addresses
-are given to all interfaces with IPv6. They are usable at once: there is no duplicate address detection in a lab.
+Ends without `addresses` get one of each family, in the order of the links: the first segment has 10.0.0.0/24 and
+fd00::/64, the next one 10.0.1.0/24 and fd00:0:0:1::/64, and so on; in each the ends are 1, 2 … What bridges join is one
+segment, and subnets that the file names are left out. In a segment that has a subnet, such ends get its lowest free
+addresses. Link-local addresses are given to all interfaces with IPv6. They are usable at once: there is no duplicate
+address detection in a lab.
 
-Every node but bridges gets routes by the shortest way to every subnet; a host whose ways all begin at one router gets a default
-route instead. A route that the file gives stands. Reverse path filtering is off, so answers may take another way. What is known
-of a topology without building it: `testbed plan FILE`, `testbed diagram FILE`.
+Every node but bridges gets routes by the shortest way to every subnet; a host whose ways all begin at one router gets a
+default route instead. A route that the file gives stands. Reverse path filtering is off, so answers may take another
+way. What is known of a topology without building it: `testbed plan FILE`, `testbed diagram FILE`.
 
-Bridges that make a loop are refused, unless one of them has `setup`, which may start what keeps frames from going round.
+Bridges that make a loop are refused, unless one of them has `setup`, which may start what keeps frames from going
+round.
 """
 _SCENARIO: Final = """\
 # Scenario files
@@ -49,7 +51,8 @@ A scenario is a lab as a regression test, without Python: a topology, and steps 
 last. Mistakes in the file are told before anything is built: `testbed validate FILE`. `topologies/scenarios/` has four
 to begin with, and [tutorial.md](tutorial.md) an example.
 
-A duration is a number with its unit: `300us`, `500ms`, `1.5s`. Only `within` of a program's `ready` is a bare number, of seconds.
+A duration is a number with its unit: `300us`, `500ms`, `1.5s`. Only `within` of a program's `ready` is a bare number,
+of seconds.
 
 This page is made from `testbed/scenario.schema.json`.
 """

@@ -1,8 +1,7 @@
 """The supervisor's handler and receiver that ask the engine of this network namespace.
 
-Owns: a connection to the engine, made when a call needs it, and made anew when the engine was started anew; what each
-option is called there. Must not know programs or their memory (supervisor.py). Place in the path: between
-supervisor and the engine's control socket.
+Owns: what each option is called there. Must not know programs or their memory (supervisor.py). Place in the path:
+between supervisor and the engine's control socket.
 
 Without an engine a program sees a kernel without tproxy: ENOPROTOOPT, and SO_ORIGINAL_DST as the kernel has it.
 """
@@ -12,11 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
 from struct import Struct
-from typing import Final, TypeVar
+from typing import Final
 
-from nfq_engine.client import Tproxy
+from nfq_engine.client import EngineConnection
 from nfq_engine.core.option import IP_RECVORIGADDRS, IP_TPROXY
 from nfq_engine.core.packet import Endpoint
 from nfq_engine.shell.seccomp import SOL_IP, SOL_IPV6, Direction
@@ -25,34 +23,6 @@ from nfq_engine.shell.supervisor_receive import Datagram
 
 _IPV4_NAME: Final = Struct("=H2s4s8x")  # struct sockaddr_in
 _IPV6_NAME: Final = Struct("=H2s4x16s4x")  # struct sockaddr_in6
-
-_Result = TypeVar("_Result")
-
-
-class _Connection:
-    """The engine, asked over one connection that lives as long as the engine does."""
-
-    def __init__(self) -> None:
-        self._client: Tproxy | None = None
-
-    def ask(self, question: Callable[[Tproxy], _Result]) -> _Result:
-        """The engine's reply; OSError with its errno, ENOPROTOOPT when there is none, ETIMEDOUT when it is stuck."""
-        try:
-            return self._ask_once(question)
-        except ConnectionError:  # the engine that was connected is gone; maybe there is a new one
-            return self._ask_once(question)
-
-    def _ask_once(self, question: Callable[[Tproxy], _Result]) -> _Result:
-        if self._client is None:
-            self._client = Tproxy()
-        try:
-            return question(self._client)
-        except (ConnectionError, TimeoutError) as problem:  # a late reply must not meet the next question
-            self._client.close()
-            self._client = None
-            if isinstance(problem, TimeoutError):
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from problem
-            raise
 
 
 class EngineHandler:
@@ -63,7 +33,7 @@ class EngineHandler:
 
     def __init__(self, *, has_receiver: bool) -> None:
         self._has_receiver = has_receiver
-        self._engine = _Connection()
+        self._engine = EngineConnection()
 
     def __call__(self, call: SocketCall) -> SocketReply:
         """The engine's reply."""
@@ -104,7 +74,7 @@ class EngineReceiver:
     """Asks the engine who sent each datagram, and where to."""
 
     def __init__(self) -> None:
-        self._engine = _Connection()
+        self._engine = EngineConnection()
 
     def __call__(self, datagram: Datagram) -> bytes | None:
         """The control message's bytes: IPv4 only, as the struct is; None for what the engine did not translate."""
