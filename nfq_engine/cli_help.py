@@ -1,4 +1,4 @@
-"""What stands below the help of every command, be it the engine's or the testbed's: examples and exit codes."""
+"""What stands below the help of a command: examples and exit codes."""
 
 from __future__ import annotations
 

@@ -130,8 +130,6 @@ class Rate:
 @click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N looks.")
 def top(*, interval: float, lines: int, count: int | None, as_json: bool) -> None:
     """Show the busiest connections, again and again, until Ctrl-C."""
-    from rich.live import Live
-
     looks = islice(_looks(interval), count)
     if as_json:
         with suppress(KeyboardInterrupt):
@@ -144,6 +142,8 @@ def top(*, interval: float, lines: int, count: int | None, as_json: bool) -> Non
             for rates, total in looks:
                 terminal.print(_screen(rates, total, lines))
             return
+        from rich.live import Live
+
         with Live(console=terminal, screen=count is None, auto_refresh=False) as live:
             for rates, total in looks:
                 live.update(_screen(rates, total, min(lines, max(terminal.height - 3, 1))), refresh=True)

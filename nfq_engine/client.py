@@ -134,7 +134,8 @@ class Tproxy(Control):
 class EngineConnection:
     """The engine of this network namespace, for a program that outlives it: connected when a question needs it.
 
-    Whoever takes it from one namespace into another may ask another engine after a restart.
+    A question that an engine's end interrupts is asked again, whole, of the next one. One thread at a time may ask, and
+    in the namespace of the engine: elsewhere, there may be another.
     """
 
     def __init__(self) -> None:

@@ -73,8 +73,12 @@ class TransparentRelay:
             outward.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             outward.bind((_local_address_towards(destination), 0))
             address, port = format_address(client.address), client.port if self._same_port else 0
-            self._engine.ask(lambda engine: engine.assign(outward, address, port))
-            self._engine.ask(lambda engine: engine.set_flags(outward, Flag.CONNECT))
+
+            def own(engine: Tproxy) -> None:
+                engine.assign(outward, address, port)
+                engine.set_flags(outward, Flag.CONNECT)
+
+            self._engine.ask(own)
         except OSError:
             outward.close()
             raise

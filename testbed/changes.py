@@ -59,12 +59,12 @@ def changes_between(before: Frame, after: Frame) -> tuple[Change, ...]:
     )
 
 
-def check_field(name: str) -> None:
+def check_change(name: str) -> None:
     """MatchError for what is no field that can change, which tells the nearest."""
     plain = name.removeprefix(EMBEDDED)
     if plain not in FIELDS:
         near = get_close_matches(plain, FIELDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}"
+        hint = f"did you mean {name.removesuffix(plain)}{near[0]}?" if near else f"there are {', '.join(FIELDS)}"
         raise MatchError(f"{name!r} is no field that changes are told of; {hint}")
 
 

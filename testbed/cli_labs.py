@@ -127,8 +127,9 @@ def run(
             stack.pop_all()
             click.echo(f"the lab lives on: testbed shell --lab {record.name} {'|'.join(record.nodes)}", err=True)
             click.echo(f"to end it: testbed down {record.name}", err=True)
-        with progress(f"taking {topology.name} down"):
-            stack.close()
+        else:
+            with progress(f"taking {topology.name} down"):
+                stack.close()
     sys.exit(status)
 
 

@@ -25,17 +25,6 @@ LAB: Final = click.option("--lab", help="Which lab, when several run.", shell_co
 NAME: Final = click.argument("name", required=False, shell_complete=completion.labs)
 NODE: Final = click.argument("node", shell_complete=completion.nodes)
 AS_JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _behind_dashes(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
-    """A command, without the `--` that may stand before it."""
-    command = words[1:] if words[:1] == ("--",) else words
-    if not command:
-        raise click.MissingParameter(ctx=context, param=parameter)
-    return command
-
-
-COMMAND: Final = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, callback=_behind_dashes)
 JSON_OF_COMMAND: Final = click.option(
     "--json", "as_json", is_flag=True, help="Print how it ended and what it said as JSON."
 )

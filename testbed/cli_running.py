@@ -11,12 +11,13 @@ import os
 import sys
 import webbrowser
 from pathlib import Path
+from typing import Final
 
 import click
 
 from testbed import registry
 from testbed.cli_command import become, command_values, run_captured
-from testbed.cli_options import AS_JSON, COMMAND, COMMANDS_CODE, JSON_OF_COMMAND, LAB, NAME, NODE, examples, progress
+from testbed.cli_options import AS_JSON, COMMANDS_CODE, JSON_OF_COMMAND, LAB, NAME, NODE, examples, progress
 from testbed.journal import exit_code
 
 
@@ -108,6 +109,17 @@ def list_labs(*, as_json: bool) -> None:
     console.print(table)
 
 
+def _behind_dashes(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """A command, without the `--` that may stand before it."""
+    command = words[1:] if words[:1] == ("--",) else words
+    if not command:
+        raise click.MissingParameter(ctx=context, param=parameter)
+    return command
+
+
+_COMMAND: Final = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, callback=_behind_dashes)
+
+
 @click.command(
     "exec",
     context_settings={"allow_interspersed_args": False},  # behind the node, options are the command's
@@ -121,9 +133,9 @@ def list_labs(*, as_json: bool) -> None:
 @LAB
 @JSON_OF_COMMAND
 @NODE
-@COMMAND
+@_COMMAND
 def execute(lab: str | None, node: str, command: tuple[str, ...], *, as_json: bool) -> None:
-    """Run a command in a node of a running lab."""
+    """Run a command in a node of a running lab. Options of this command come before NODE."""
     record = registry.find(lab)
     if not as_json:
         become(record, node, command)

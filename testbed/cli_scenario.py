@@ -40,10 +40,10 @@ def _outcomes(scenario: Scenario, lab: Lab) -> Iterator[Outcome]:
     outcomes = carry_out(scenario, lab)
     for step in scenario.steps:
         with progress(str(step)):
-            outcome = next(outcomes, None)
-        if outcome is None:
-            return
+            outcome = next(outcomes)
         yield outcome
+        if outcome.failure:
+            return
 
 
 def _print(outcome: Outcome) -> None:

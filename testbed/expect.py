@@ -22,7 +22,7 @@ from itertools import chain
 from operator import methodcaller
 from typing import Final, TypeVar
 
-from testbed.changes import HOP_LIMITS, check_field
+from testbed.changes import HOP_LIMITS, check_change
 from testbed.conversations import Conversation, conversations
 from testbed.failure import ExpectationError, Failure, FrameSource, amount_text
 from testbed.frames import Frame
@@ -139,7 +139,7 @@ class Expectations(ABC):
         if isinstance(changed, str):
             raise TypeError(f"changed={changed!r}: give a set of names")
         for name in changed:
-            check_field(name)
+            check_change(name)
         matcher, begin = matcher_of(match), self._from(since)
         wanted = frozenset(changed)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 _CLONE_NEWNET: Final = 0x40000000
+_NO_LAB: Final = "no lab, with or without an engine"
 _CAP_NET_ADMIN: Final = 12
 _CAP_SYS_ADMIN: Final = 21
 _SYS_PIDFD_GETFD: Final = 438  # the same number on every machine
@@ -304,7 +305,7 @@ FEATURES: Final = (
         required=True,
         needed_for="the engine's own table",
         remedy="CONFIG_NF_TABLES, CONFIG_NF_TABLES_IPV4",
-        cost="no lab, with or without an engine",
+        cost=_NO_LAB,
         trial=_make_nft_chain,
     ),
     Feature(
@@ -312,7 +313,7 @@ FEATURES: Final = (
         required=True,
         needed_for="putting fragments together before the engine",
         remedy="CONFIG_NFT_CT, CONFIG_NF_CONNTRACK",
-        cost="no lab, with or without an engine",
+        cost=_NO_LAB,
         trial=_make_ct_rule,
     ),
     Feature(
@@ -336,7 +337,7 @@ FEATURES: Final = (
         required=True,
         needed_for="sending packets to the engine",
         remedy="either of nft-queue and xt-nfqueue",
-        cost="no lab, with or without an engine",
+        cost=_NO_LAB,
         trial=_make_any_queue_rule,
     ),
     Feature(
@@ -344,7 +345,7 @@ FEATURES: Final = (
         required=True,
         needed_for="packets in user space",
         remedy="CONFIG_NETFILTER_NETLINK_QUEUE; apt install libnetfilter-queue1",
-        cost="no lab, with or without an engine",
+        cost=_NO_LAB,
         trial=_bind_queue,
     ),
     Feature(

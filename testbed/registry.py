@@ -27,7 +27,7 @@ from testbed.owner import is_gone, pid_namespace, start_time
 if TYPE_CHECKING:
     from testbed.topology import Impairment
 
-_PATIENCE: Final = 15.0  # seconds for a lab to end
+_PATIENCE: Final = 60.0  # seconds for a lab to end: more than all that it waits for then
 ANSWER_PATIENCE: Final = 60.0  # seconds for a keeper to write a report
 DONE: Final = b"+"  # what a keeper's answer begins with
 FAILED: Final = b"-"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nfq_engine.core.decision import Reason
-from testbed.changes import check_field
+from testbed.changes import check_change
 from testbed.craft import SEVERAL, is_several
 from testbed.documents import Document, DocumentError, Problem, Where, shape_problems
 from testbed.expect import DURING, WITHIN
@@ -148,7 +148,7 @@ class _Reader:
 
     def expect(self, where: Where, value: Mapping[str, Any]) -> Step:
         at, match = value["at"], dict(value.get("match", {}))
-        self._check_fields((*where, "match"), match)
+        self._check_changes((*where, "match"), match)
         points = [at] if isinstance(at, str) else list(at)
         for point in points:
             self._known((*where, "at"), point, self._points, "captured interface")
@@ -158,7 +158,7 @@ class _Reader:
                 self.problems.append(((*where, "at"), "give two points, not one twice"))
             self._refuse(where, value, ("count", "never"), "not with two points")
             for place, name in enumerate(changed):
-                self._try((*where, "changed", place), check_field, name)
+                self._try((*where, "changed", place), check_change, name)
             return ExpectSame((points[0], points[1]), match, changed, within)
         self._refuse(where, value, ("changed",), "only with two points")
         if "never" in value:
@@ -222,7 +222,7 @@ class _Reader:
     def _refuse(self, where: Where, value: Mapping[str, Any], keys: Iterable[str], why: str) -> None:
         self.problems += [((*where, key), why) for key in keys if key in value]
 
-    def _check_fields(self, where: Where, fields: Mapping[str, Any]) -> None:
+    def _check_changes(self, where: Where, fields: Mapping[str, Any]) -> None:
         for name, value in fields.items():
             try:
                 matcher_of({name: value})

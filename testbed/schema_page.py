@@ -3,19 +3,21 @@
     python -m testbed.schema_page topology > docs/topology.md
     python -m testbed.schema_page scenario > docs/scenarios.md
 
-Owns: how a schema reads as a page. Pure; what it says is the schema's.
+Owns: how a schema reads as a page, and what is said there beside it: addresses, durations, names that the engine and
+changes give. Pure.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from importlib.resources import files
 from typing import Any, Final
 
 from nfq_engine.core.decision import Reason
+from testbed.changes import EMBEDDED, FIELDS
 
 _TOPOLOGY: Final = """\
 # Topology files
@@ -90,9 +92,14 @@ def scenario_page() -> str:
     parts = [_SCENARIO, *_section("The file", schema, "")]
     for name, step in schema["$defs"]["step"]["properties"].items():
         parts += _section(f"A step: `{name}`", step, name)
-    reasons = ", ".join(f"`{reason}`" for reason in Reason)
-    parts += ["## The reasons of an engine's counters", "", f"{reasons}."]
+    parts += ["## The reasons of an engine's counters", "", _listed(Reason), ""]
+    parts += ["## The fields that may be `changed`", "", _listed(FIELDS)]
+    parts.append(f"With `{EMBEDDED.strip()} ` before it, a field of the packet that an ICMP error is about.")
     return "\n".join(parts) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"{', '.join(f'`{name}`' for name in names)}."
 
 
 PAGES: Final = {"topology": topology_page, "scenario": scenario_page}

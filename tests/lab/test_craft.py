@@ -42,7 +42,7 @@ def namespaces() -> set[str]:
     """The namespaces of all of this process's threads that live: one that was joined is still listed for a moment."""
     found = set()
     for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             found.add(str((thread / "ns/net").readlink()))
     return found
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from engine_lab import until
 from pages import DOCS, Block, Command, blocks, commands, missing
-from traffic_checks import await_the_end_of_connections
+from traffic_checks import has_connections
 
 from testbed.capabilities import system_packages
 from testbed.lab import Lab
@@ -22,11 +23,15 @@ pytestmark = pytest.mark.lab
 PATIENCE = 120.0
 
 
+def of_no_test() -> dict[str, str]:
+    """This environment, without what pytest says to itself and to its workers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
 class Shell:
     """A shell that a page's commands are typed into, which knows of no labs that others have running."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         self._process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-ec", "mount -t tmpfs tmpfs /run; exec bash"],  # the records are there
             stdin=subprocess.PIPE,
@@ -34,7 +39,7 @@ class Shell:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env={**environment, "NO_COLOR": "1", "COLUMNS": "200"},
+            env={**of_no_test(), "NO_COLOR": "1", "COLUMNS": "200"},
         )
 
     def run(self, command: str) -> str:
@@ -89,7 +94,9 @@ def test_a_recipe_of_the_cookbook_holds(recipe: Block, cookbook: dict[str, objec
     file.write_text(recipe.text)
     running = cookbook["lab"]
     assert isinstance(running, Lab)
-    await_the_end_of_connections(running)  # what the recipe before left is not this one's
+    nodes = [running[node.name] for node in running.topology.nodes]
+    # What the recipe before left is not this one's.
+    until(lambda: not any(node.call(has_connections) for node in nodes), "the end of earlier connections")
     exec(compile(recipe.text, file, "exec"), dict(cookbook))
 
 
@@ -101,8 +108,10 @@ def test_the_tests_on_the_page_about_pytest_pass_as_they_stand(tmp_path: Path) -
         (tmp_path / name).write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--color=no"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stdout
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False, env=of_no_test()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     tests = files["test_labs.py"].count("def test_") + 3  # three of them are run twice
     outcomes = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
     assert sum(outcomes.values()) == tests, done.stdout

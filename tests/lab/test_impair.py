@@ -198,7 +198,7 @@ def test_the_delay_is_as_long_and_the_jitter_as_wide_as_asked_for(seed: str, tmp
     assert max(there) > 0.025
     # A busy machine is late, never early, and not with most of all six.
     blocks = [sorted(there[begin : begin + 20]) for begin in range(0, 120, 20)]
-    assert min(block[15] for block in blocks) < 0.034
+    assert min(block[15] for block in blocks) < 0.03
     assert min(back) < 0.0098
 
 
@@ -244,7 +244,7 @@ def test_a_rate_is_kept_within_a_tenth(impairment: str, means: str, tmp_path: Pa
         assert (tmp_path / LOG).read_text() == f"a:eth0: impaired {means}\n"
     assert list(arrived) == list(range(240))
     late = lateness(sent, arrived, 8000 / 4e6)
-    assert min(late) > -0.01  # tbf lets two pass at once
+    assert min(late) > -0.01  # tbf lets three pass at once
     assert min(late[100:]) < 0.02  # a busy machine is late, and not with all
 
 
@@ -334,7 +334,9 @@ SERVICE = (
 def fetch(lab: Lab, node: str, host: str, folder: Path) -> bytes:
     """A file over HTTP."""
     target = folder / "got"
-    lab[node].run(["python", "-m", "testbed.traffic", "fetch", f"http://{host}/", "--output", str(target)])
+    lab[node].run(
+        ["python", "-m", "testbed.traffic", "fetch", f"http://{host}/", "--output", str(target), "--timeout", "50"]
+    )
     return target.read_bytes()
 
 

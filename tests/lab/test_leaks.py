@@ -66,10 +66,14 @@ class Owner:
             [sys.executable, "-c", script.format(name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def wait_until(self, word: str) -> None:
-        """Wait until it has said that it `begins`, then that it is `up`."""
+    def wait_until_begun(self) -> None:
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"{word}\n"
+        assert self.process.stdout.readline() == "begins\n"
+
+    def wait_until_up(self) -> None:
+        self.wait_until_begun()
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "up\n"
 
     def namespaces(self) -> dict[str, Namespace]:
         """Handles to the namespaces that it holds now."""
@@ -166,8 +170,7 @@ def test_news_that_find_no_room_while_older_ones_are_read_are_not_missed() -> No
 
 
 def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
-    owner.wait_until("begins")
-    owner.wait_until("up")
+    owner.wait_until_up()
     assert len(owner.processes()) >= 3
     output, _ = owner.process.communicate()
     assert re.search(r"(sleep|bash) \(pid ", output)  # it says `up`, and sleeps a moment later
@@ -177,8 +180,7 @@ def test_an_ordinary_end_leaves_nothing(owner: Owner) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
-    owner.wait_until("begins")
-    owner.wait_until("up")
+    owner.wait_until_up()
     namespaces = owner.namespaces()
     assert len(namespaces) == 4  # the nodes', and that of the impaired link
     with Watch(namespaces) as watch:
@@ -204,10 +206,11 @@ SPEAKER = """
 
 
 def test_sigkill_leaves_no_connection_that_keeps_a_namespace() -> None:
-    owner = Owner(f"speaker-{os.getpid()}", OWNER.replace('    print("up", flush=True)\n', SPEAKER))
+    script = OWNER.replace('    print("up", flush=True)\n', SPEAKER)
+    assert "nobody hears" in script
+    owner = Owner(f"speaker-{os.getpid()}", script)
     with owner.process:
-        owner.wait_until("begins")
-        owner.wait_until("up")
+        owner.wait_until_up()
         namespaces = owner.namespaces()
         with Watch(namespaces) as watch:
             for namespace in namespaces.values():
@@ -219,7 +222,7 @@ def test_sigkill_leaves_no_connection_that_keeps_a_namespace() -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment:.3f}s")
 def test_sigkill_at_any_moment_leaves_nothing(owner: Owner, moment: float) -> None:
-    owner.wait_until("begins")
+    owner.wait_until_begun()
     with contextlib.suppress(subprocess.TimeoutExpired):
         owner.process.wait(moment)
     owner.process.send_signal(signal.SIGSTOP)  # so that what it holds now can be looked at
@@ -359,8 +362,7 @@ def test_an_owner_that_is_hidden_is_not_taken_for_gone(monkeypatch: pytest.Monke
 
 
 def test_what_even_the_warden_could_not_end_is_ended_by_the_next_start(owner: Owner) -> None:
-    owner.wait_until("begins")
-    owner.wait_until("up")
+    owner.wait_until_up()
     (warden,) = (int(text.split()[0]) for text in owner.processes() if "warden.py" in text)
     os.kill(warden, signal.SIGKILL)
     owner.process.kill()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_lab import until
 
 from testbed.netns import Namespace
 from testbed.owner import owner_mark, sweep
@@ -52,13 +53,6 @@ def wait_until_gone(pid: int) -> bool:
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.005)
     return not is_alive(pid)
-
-
-def await_environment(pid: int) -> None:
-    """An exec that has just begun shows none yet."""
-    deadline = time.monotonic() + PATIENCE
-    while not Path(f"/proc/{pid}/environ").read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.001)
 
 
 def shell(script: str) -> tuple[str, ...]:
@@ -195,8 +189,8 @@ def test_sweeping_ends_what_belongs_to_nobody_any_more_and_nothing_else(monkeypa
         for what, mark in marks.items()
     }
     try:
-        for sleeper in sleepers.values():
-            await_environment(sleeper.pid)
+        shown = [Path(f"/proc/{sleeper.pid}/environ") for sleeper in sleepers.values()]
+        until(lambda: all(file.read_bytes() for file in shown), "an exec that has just begun shows no environment yet")
         assert sweep() == [sleepers["its owner is gone"].pid]
         assert sleepers["its owner is gone"].wait(PATIENCE) == -signal.SIGKILL
         assert sleepers["its owner lives"].poll() is None

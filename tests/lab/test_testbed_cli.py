@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from engine_lab import until
 
 from testbed import registry
 from testbed.cli import main
@@ -196,9 +197,7 @@ def test_down_tells_what_died(lab: str, tmp_path: Path) -> None:
     record = next(each for each in json.loads(run_testbed("ls", "--json").stdout) if each["name"] == lab)
     (web,) = [pid for pid in in_lab("http.server") if parent(pid) == record["pid"]]
     os.kill(web, signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE
-    while start_time(web) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: not start_time(web), "the service ends")
     done = run_testbed("down", lab)
     assert done.returncode == 1
     assert f"{lab} is down, but\nb/web was ended by SIGKILL" in done.stderr
@@ -210,10 +209,7 @@ def test_a_keeper_that_is_killed_leaves_nothing(lab: str) -> None:
     daemons = in_lab(LONG)
     assert daemons
     os.kill(record["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE
-    while (set(in_lab(LONG)) & set(daemons) or start_time(record["pid"])) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not set(in_lab(LONG)) & set(daemons)
+    until(lambda: not set(in_lab(LONG)) & set(daemons) and not start_time(record["pid"]), "keeper and daemons end")
     assert lab not in run_testbed("ls").stdout
 
 
@@ -233,18 +229,14 @@ def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path:
     # Of a job in the background of a script, SIGINT is ignored from the beginning.
     words = ["env", "--default-signal=INT", sys.executable, "-m", "testbed.cli", "up", str(file), "--directory"]
     with subprocess.Popen([*words, str(tmp_path / "first")]) as building:
-        deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "first/a.late.log").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until((tmp_path / "first/a.late.log").exists, "the service starts")
         building.send_signal(number)
     (tmp_path / "go").touch()
     done = run_testbed("up", file, "--directory", tmp_path / "second")  # waits until the other one is gone
     try:
         assert done.returncode == 0, done.stderr
-        deadline = time.monotonic() + PATIENCE
-        while not (left := in_lab(LONG)) and time.monotonic() < deadline:  # what says `ready` sleeps a moment later
-            time.sleep(0.02)
-        assert len(left) == 1
+        until(lambda: in_lab(LONG), "what says `ready` sleeps a moment later")
+        assert len(in_lab(LONG)) == 1
     finally:
         run_testbed("down", name)
     assert in_lab(LONG) == []
@@ -253,10 +245,8 @@ def test_a_lab_whose_up_was_ended_is_taken_down(file: Path, name: str, tmp_path:
 def test_what_exec_leaves_running_is_the_lab_s(lab: str) -> None:
     done = run_testbed("exec", "--lab", lab, "a", "--", "sh", "-c", f"setsid sleep 1{LONG} >/dev/null 2>&1 &")
     assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + PATIENCE
-    while not (left := in_lab(f"1{LONG}")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not {*left} & {*sweep()}
+    until(lambda: in_lab(f"1{LONG}"), "it sleeps")
+    assert not {*in_lab(f"1{LONG}")} & {*sweep()}
     run_testbed("down", lab)
     assert in_lab(f"1{LONG}") == []
 
@@ -315,10 +305,7 @@ def test_run_takes_the_lab_down_when_it_is_ended(file: Path, tmp_path: Path) -> 
         assert running.stdout.readline() == "in\n"
         running.terminate()
         assert running.wait(10) == 128 + signal.SIGTERM
-    deadline = time.monotonic() + PATIENCE
-    while in_lab(LONG) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not in_lab(LONG)
+    until(lambda: not in_lab(LONG), "what the command started ends")
 
 
 @pytest.mark.parametrize(

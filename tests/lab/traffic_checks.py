@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import time
 from pathlib import Path
 
-from testbed.lab import Lab
 from testbed.netns import Namespace
 
 PORT = 7
@@ -24,13 +22,6 @@ def gets_through(source: Namespace, destination: Namespace, address: str, within
             return receiver.recv(16) == b"through"
         except OSError:
             return False
-
-
-def await_the_end_of_connections(lab: Lab, within: float = 10.0) -> None:
-    """Wait until no TCP socket in any node has anything to say any more, or has gone without."""
-    deadline = time.monotonic() + within
-    while any(lab[node.name].call(has_connections) for node in lab.topology.nodes) and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def has_connections() -> bool:

@@ -4,10 +4,10 @@
  */
 #include "tproxy.h"
 
+#include "alarm.h"
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/time.h>
 
 static char first[4], second[100], control[256];
 static struct sockaddr_in name;
@@ -147,14 +147,6 @@ static void limits(int fd)
 	report("bad-name", recvmsg(fd, &m, 0), &m);
 	report("closed", recvmsg(99, &m, 0), &m);
 	report("file", recvmsg(1, &m, 0), &m);
-}
-
-/* Again and again: the program may not wait yet when the first one comes. */
-static void alarm_every(int microseconds)
-{
-	struct itimerval every = {.it_value.tv_usec = microseconds, .it_interval.tv_usec = microseconds};
-
-	setitimer(ITIMER_REAL, &every, NULL);
 }
 
 static void waiting(int fd)

@@ -9,7 +9,7 @@ from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6TimeExceeded, IPv6, IPv6
 from scapy.layers.l2 import Dot1Q
 from scenes import CLIENT, Scene
 
-from testbed.changes import EMBEDDED, FIELDS, changes_between, check_field
+from testbed.changes import EMBEDDED, FIELDS, changes_between, check_change
 
 V4, V6 = IP(src="10.0.0.1", dst="10.0.0.2", id=7), IPv6(src="fd00::1", dst="fd00::2")
 PACKETS = (
@@ -31,6 +31,6 @@ def test_all_that_may_change_has_a_name_and_no_name_is_of_what_does_not() -> Non
     frames = [scene.see(CLIENT, packet, outgoing=True) for packet in PACKETS]
     names = {change.field for pair in permutations(frames, 2) for change in changes_between(*pair)}
     for name in names:
-        check_field(name)
+        check_change(name)
     assert {name.removeprefix(EMBEDDED) for name in names} == set(FIELDS)
     assert any(name.startswith(EMBEDDED) for name in names)

@@ -9,7 +9,7 @@ from nfq_engine.daemon import main as tproxyd
 
 
 def test_every_command_has_examples_and_exit_codes() -> None:
-    for command in ("", "sockrefs", "connections", "counters", "monitor", "trace", "top", "save", "restore", "run"):
+    for command in ("", *commands.commands):
         text = CliRunner().invoke(commands, [*command.split(), "--help"], prog_name="tproxyctl").stdout
         assert f"  tproxyctl {command}" in text.partition("Options:")[2].partition("--help")[2], text
         assert "Exit codes: " in text

@@ -450,7 +450,7 @@ def test_another_change_than_wanted_fails(changed: set[str], line: str) -> None:
 
 CHANGED_WRONG = {
     "a slip": ({"tcp.dprt"}, "'tcp.dprt' is no field that changes are told of; did you mean tcp.dport?"),
-    "of what an error is about": ({"embedded udp.sprt"}, "did you mean udp.sport?"),
+    "of what an error is about": ({"embedded udp.sprt"}, "did you mean embedded udp.sport?"),
     "a field that follows from others": ({"tcp.chksum"}, "'tcp.chksum' is no field"),
     "nothing near": ({"x"}, "there are vlan, ip.src, "),
 }
