@@ -115,6 +115,15 @@ class Owner:
         return list(Path(tempfile.gettempdir()).glob(f"testbed-{self.name}-*"))
 
 
+def assert_gone_after(number: signal.Signals, owner: Owner, namespaces: dict[str, Namespace]) -> None:
+    """Send the owner a signal, after which its namespaces must go."""
+    with Watch(namespaces) as watch:
+        for namespace in namespaces.values():
+            namespace.close()
+        owner.process.send_signal(number)
+        assert watch.remaining(PATIENCE) == [], owner.state()
+
+
 @pytest.fixture
 def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
     """An owner of a lab with a name of its own."""
@@ -183,11 +192,7 @@ def test_a_signal_leaves_nothing(owner: Owner, number: signal.Signals) -> None:
     owner.wait_until_up()
     namespaces = owner.namespaces()
     assert len(namespaces) == 4  # the nodes', and that of the impaired link
-    with Watch(namespaces) as watch:
-        for namespace in namespaces.values():
-            namespace.close()
-        owner.process.send_signal(number)
-        assert watch.remaining(PATIENCE) == [], owner.state()
+    assert_gone_after(number, owner, namespaces)
     assert wait_for(owner.processes), owner.processes()
     assert wait_for(owner.folders), owner.folders()
 
@@ -211,12 +216,7 @@ def test_sigkill_leaves_no_connection_that_keeps_a_namespace() -> None:
     owner = Owner(f"speaker-{os.getpid()}", script)
     with owner.process:
         owner.wait_until_up()
-        namespaces = owner.namespaces()
-        with Watch(namespaces) as watch:
-            for namespace in namespaces.values():
-                namespace.close()
-            owner.process.kill()
-            assert watch.remaining(PATIENCE) == []
+        assert_gone_after(signal.SIGKILL, owner, owner.namespaces())
     assert wait_for(owner.processes), owner.processes()
 
 
@@ -226,12 +226,7 @@ def test_sigkill_at_any_moment_leaves_nothing(owner: Owner, moment: float) -> No
     with contextlib.suppress(subprocess.TimeoutExpired):
         owner.process.wait(moment)
     owner.process.send_signal(signal.SIGSTOP)  # so that what it holds now can be looked at
-    namespaces = owner.namespaces()
-    with Watch(namespaces) as watch:
-        for namespace in namespaces.values():
-            namespace.close()
-        owner.process.kill()
-        assert watch.remaining(PATIENCE) == []
+    assert_gone_after(signal.SIGKILL, owner, owner.namespaces())
     assert wait_for(owner.processes), owner.processes()
     assert wait_for(owner.folders), owner.folders()
 
