@@ -3,8 +3,8 @@
 
 A chain counts as built when a datagram of each family has come from its first node to its last: routes, neighbours,
 carriers and addresses are all needed for that. `ip` runs once for each operation, as scripts have it. A chain counts as
-deleted when the kernel has taken its last namespace apart. mininet and munet take part where they are installed; what
-they have no calls for, a shell in each node does.
+deleted when the kernel begins to take its last namespace apart: nobody can find or hold it any more. mininet and munet
+take part where they are installed; what they have no calls for, a shell in each node does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from testbed.topology import End, Topology
 
 SIZES = (10, 50)
 PATIENCE = 10.0  # seconds for a datagram to arrive, and for a deleted chain to be gone
+SETTLE = 0.2  # seconds for what the kernel does late and tells nobody of
 PORT = 7
 NAMED = Path("/run/netns")  # where `ip` keeps its namespaces
 PRIVATE = "BENCH_BUILD_PRIVATE"
@@ -113,13 +114,15 @@ def prove_ready(topology: Topology, maker: Maker) -> None:
 def let_the_kernel_finish() -> None:
     """Wait until what was deleted before is gone: the kernel takes namespaces apart late, one batch after the other.
 
-    Else whoever comes after munet, which does not wait for it, is measured with munet's leavings.
+    Else whoever comes after munet, which does not wait for it, is measured with munet's leavings. That a namespace is
+    the next is told; when it is done is not.
     """
     last = Namespace.new()
     with Watch({"last": last}) as watch:
         last.close()
         if watch.remaining(PATIENCE):
             sys.exit(f"the kernel still takes namespaces apart after {PATIENCE:g} s")
+    time.sleep(SETTLE)
 
 
 def measure(size: int, make: Callable[[], Maker], deleted: list[float]) -> float:
@@ -133,6 +136,7 @@ def measure(size: int, make: Callable[[], Maker], deleted: list[float]) -> float
         maker.build(plan(topology))
         prove_ready(topology, maker)
         built = time.perf_counter() - started
+        time.sleep(SETTLE)  # the kernel frees sockets late: those of the proof hold two of the namespaces
         with Watch({node.name: maker.namespace(node.name) for node in topology.nodes}) as watch:
             started = time.perf_counter()
             stack.close()
@@ -151,7 +155,7 @@ def run_in_private_mounts() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = benchlib.parser("Chains of nodes: built, and deleted again.", rounds=3)
+    parser = benchlib.parser("Chains of nodes: built, and deleted again.", rounds=5)
     parser.add_argument("--munet", metavar="PYTHON", default="python3", help="the Python that has munet (%(default)s)")
     options = parser.parse_args(argv)
     run_in_private_mounts()

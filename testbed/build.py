@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
+from itertools import dropwhile, groupby, takewhile
+from pathlib import Path
 from typing import Final
 
 from testbed import impair, rtnetlink, tc
@@ -47,7 +48,7 @@ from testbed.plan import (
     WaitReady,
     describe,
 )
-from testbed.topology import BRIDGE, automatic_mac
+from testbed.topology import BRIDGE, LOOPBACK, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
 _ETHTOOL_GLINK, _ETHTOOL_STXCSUM = 0xA, 0x17  # linux/ethtool.h
@@ -69,7 +70,7 @@ class Site:
         """Make it, around a thread that ends there."""
         self.namespace = Namespace.move_into_new()
         self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self.indexes = {"lo": 1}
+        self.indexes = {LOOPBACK: 1}
 
     def close(self) -> None:
         """Let the kernel take everything back."""
@@ -84,6 +85,7 @@ class Builder:
         """`made` is told of each namespace, before anything runs in it."""
         self.sites: dict[str, Site] = {}
         self._made = made
+        self._mark = ""
 
     def namespace(self, node: str) -> Namespace:
         """The namespace of a node that was built."""
@@ -92,11 +94,14 @@ class Builder:
     def build(self, operations: Iterable[Operation]) -> None:
         """Carry out operations in order; BuildError, with nothing left of them, when one fails."""
         try:
-            for place, group in groupby(operations, key=_place):
-                if place is None:
+            for (node, is_netlink), group in groupby(operations, key=_place):
+                if node is None:
                     self._make_namespaces([operation for operation in group if isinstance(operation, MakeNamespace)])
+                elif is_netlink:
+                    self._exchange(node, group)
                 else:
-                    self._do(place, list(group))
+                    for operation in group:
+                        self._do(node, operation)
         except BuildError:
             self.close()
             raise
@@ -110,18 +115,17 @@ class Builder:
             site.close()
         self.sites.clear()
 
-    def _do(self, node: str, operations: list[Operation]) -> None:
-        """Carry out what comes in a row for one node: netlink messages in batches, the rest one by one."""
-        for is_netlink, group in groupby(operations, key=lambda operation: isinstance(operation, NetlinkOperation)):
-            if is_netlink:
-                batch = [(operation, request) for operation in group for request in self._requests(node, operation)]
-                _send(self.sites[node].netlink, batch)
-                continue
-            for operation in group:
-                self._do_by_hand(node, operation)
+    def _exchange(self, node: str, operations: Iterable[Operation]) -> None:
+        """Carry out operations of one node that are netlink messages, all at once."""
+        batch = [(operation, request) for operation in operations for request in self._requests(node, operation)]
+        refused = list(rtnetlink.send(self.sites[node].netlink, [request for _, request in batch]))
+        if refused:
+            raise BuildError(
+                "\n".join(f"the kernel refused `{describe(batch[at][0])}`: {os.strerror(code)}" for at, code in refused)
+            )
 
-    def _do_by_hand(self, node: str, operation: Operation) -> None:
-        """Carry out one operation that is no netlink message."""
+    def _do(self, node: str, operation: Operation) -> None:
+        """Carry out an operation that is no netlink message."""
         match operation:
             case StopOffload(_, interface):
                 # Segmentation offload goes with transmit checksumming (ethtool(8)).
@@ -140,20 +144,21 @@ class Builder:
     def _make_namespaces(self, operations: list[MakeNamespace]) -> None:
         """Make namespaces side by side, then what is in each.
 
-        The kernel takes half a millisecond for a namespace, mostly without locks. Settings are written by this thread
+        The kernel takes about a millisecond for a namespace, half of it under locks. Settings are written by this thread
         alone: threads that share Python's lock wait longer for it than the writing takes.
         """
+        self._mark = namespace_mark()
         with ThreadPoolExecutor(_MAKERS) as makers:
             futures = {operation.node: makers.submit(Site) for operation in operations}
         # What was made is ours to close before any failure is told.
         self.sites |= {node: future.result() for node, future in futures.items() if not future.exception()}
         for future in futures.values():
             self._made(future.result().namespace)
-        mark = rtnetlink.mark(namespace_mark())
+        first = operations[0]
+        there = self.namespace(first.node).call(partial(_already_there, first.settings))
         for operation in operations:
-            _send(self.sites[operation.node].netlink, [(operation, mark)])
             with self.namespace(operation.node).entered():
-                _configure(operation.node, operation.settings)
+                _configure(operation.node, dropwhile(there.__contains__, operation.settings))
 
     def _run(self, node: str, command: Sequence[str], failed: str, text: str = "") -> None:
         """Run a command to its end, with a text to read; BuildError, `failed` and what it said, when it fails."""
@@ -178,33 +183,27 @@ class Builder:
             raise BuildError(f"{failed}: {result.stdout.strip() or f'exit status {result.returncode}'}")
 
     def _requests(self, node: str, operation: Operation) -> list[rtnetlink.Request]:
-        """The netlink messages of an operation."""
+        """The netlink messages of an operation; those that most labs have most of are looked for first."""
         indexes = self.sites[node].indexes
         match operation:
+            case AddRoute(_, to, via):
+                return [rtnetlink.route(to, via)]
+            case AddAddress(_, interface, address):
+                return [rtnetlink.address(indexes[interface], address)]
+            case SetUp(_, interface):
+                # Who finds a namespace sees at its lo whose it is (owner.py); nothing runs in one whose lo is down.
+                return [rtnetlink.up(indexes[interface], self._mark if interface == LOOPBACK else "")]
+            case MakeLink():
+                return [self._veth(operation)]
+            case JoinBridge(_, interface):
+                return [rtnetlink.join(indexes[interface], indexes[BRIDGE])]
+            case MakeBridge():
+                indexes[BRIDGE] = _BRIDGE_INDEX
+                return [rtnetlink.bridge(BRIDGE, _BRIDGE_INDEX)]
             case Redirect(_, interface, to):
                 return [tc.ingress(indexes[interface]), tc.redirect(indexes[interface], indexes[to])]
             case Impair(_, interface, sender, impairment, mtu):
                 return impair.requests(indexes[interface], impairment, sender, mtu)
-            case _:
-                return [self._request(node, operation)]
-
-    def _request(self, node: str, operation: Operation) -> rtnetlink.Request:
-        """The netlink message of an operation that takes one."""
-        indexes = self.sites[node].indexes
-        match operation:
-            case MakeBridge():
-                indexes[BRIDGE] = _BRIDGE_INDEX
-                return rtnetlink.bridge(BRIDGE, _BRIDGE_INDEX)
-            case MakeLink():
-                return self._veth(operation)
-            case JoinBridge(_, interface):
-                return rtnetlink.join(indexes[interface], indexes[BRIDGE])
-            case AddAddress(_, interface, address):
-                return rtnetlink.address(indexes[interface], address)
-            case SetUp(_, interface):
-                return rtnetlink.up(indexes[interface])
-            case AddRoute(_, to, via):
-                return rtnetlink.route(to.version, to.network_address.packed, to.prefixlen, via.packed)
             case _:
                 raise TypeError(f"{operation} is no matter of netlink")
 
@@ -231,15 +230,15 @@ class Builder:
         self.close()
 
 
-def _place(operation: Operation) -> str | None:
-    """The node inside which an operation is done, None for what makes the nodes."""
+def _place(operation: Operation) -> tuple[str | None, bool]:
+    """The node inside which an operation is done, None for what makes the nodes; and whether netlink does it."""
     match operation:
         case MakeNamespace():
-            return None
+            return None, False
         case MakeLink(left):
-            return left.node
+            return left.node, True
         case _:
-            return operation.node
+            return operation.node, isinstance(operation, NetlinkOperation)
 
 
 def _ethtool(control: socket.socket, interface: str, command: int, value: int) -> int:
@@ -253,12 +252,28 @@ def _ethtool(control: socket.socket, interface: str, command: int, value: int) -
     return buffer[1]
 
 
+def _already_there(settings: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The first of some settings that the namespace of this thread, a new one, has without being told.
+
+    All that this process makes begin alike. Only the first, since what is written may change what comes later.
+    """
+    return set(takewhile(lambda setting: _read(setting[0]) == setting[1], settings))
+
+
+def _read(key: str) -> str | None:
+    """A sysctl of the namespace that this thread is in; None when it cannot be read."""
+    try:
+        return Path(_path(key)).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError):
+        return None
+
+
 def _configure(node: str, settings: Iterable[tuple[str, str]]) -> None:
     """Set sysctls of the namespace that this thread is in."""
     for key, value in settings:
         try:
             # Without a file object, which takes twice as long as the kernel does.
-            descriptor = os.open(f"/proc/sys/{key.replace('.', '/')}", os.O_WRONLY)
+            descriptor = os.open(_path(key), os.O_WRONLY)
             try:
                 os.write(descriptor, value.encode("ascii"))
             finally:
@@ -267,13 +282,9 @@ def _configure(node: str, settings: Iterable[tuple[str, str]]) -> None:
             raise BuildError(f"{key} = {value} in {node}: {error}") from error
 
 
-def _send(netlink: socket.socket, batch: list[tuple[Operation, rtnetlink.Request]]) -> None:
-    """Send messages; BuildError names the operations that were refused."""
-    refused = list(rtnetlink.send(netlink, [request for _, request in batch]))
-    if refused:
-        raise BuildError(
-            "\n".join(f"the kernel refused `{describe(batch[at][0])}`: {os.strerror(code)}" for at, code in refused)
-        )
+def _path(key: str) -> str:
+    """Where a sysctl is."""
+    return f"/proc/sys/{key.replace('.', '/')}"
 
 
 def _wait_ready(node: str, site: Site) -> None:
@@ -291,7 +302,7 @@ def _unready(site: Site) -> list[str]:
     The kernel makes a link operational late, in a worker; asked for the link by ethtool's way it does so at once
     (net/ethtool/ioctl.c, ethtool_op_get_link). An address is usable after that, late again.
     """
-    interfaces = [interface for interface in site.indexes if interface != "lo"]
+    interfaces = [interface for interface in site.indexes if interface != LOOPBACK]
     dead = [interface for interface in interfaces if not _ethtool(site.netlink, interface, _ETHTOOL_GLINK, 0)]
     return [
         *(f"{interface} is not operational" for interface in dead),

@@ -2,7 +2,9 @@
 
 Owns: the one way to see the end of a namespace that has no name. A namespace lives as long as a process, a descriptor,
 a mount or a socket holds it, and most of these are hidden. But one that was given an id in another namespace is
-announced there when the kernel takes it apart (rtnetlink, group RTNLGRP_NSID). The id goes with it.
+announced there when the kernel begins to take it apart (rtnetlink, group RTNLGRP_NSID). The id goes with it. By then
+nobody can enter it any more; its interfaces go within the next hundred milliseconds, those of several side by side, and
+those that were let go of meanwhile after that (net/core/net_namespace.c, cleanup_net).
 """
 
 from __future__ import annotations

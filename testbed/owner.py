@@ -44,7 +44,7 @@ def pid_namespace() -> int:
 
 
 def namespace_mark() -> str:
-    """What a lab's namespaces are marked with (rtnetlink.mark): a process may have thrown its environment away."""
+    """The alias of the lo of a lab's namespaces (build.py): a process may have thrown its environment away."""
     return f"{MARK}={owner_mark()}"
 
 

@@ -14,19 +14,34 @@ from typing import Final, assert_never
 
 from testbed.impair import WIRE, described, disciplines, is_impaired, why_in_user_space, wire_ends
 from testbed.routes import routes
-from testbed.topology import BRIDGE, Address, End, Gateway, Impairment, Kind, Link, Network, Node, Topology, first_index
+from testbed.topology import (
+    BRIDGE,
+    LOOPBACK,
+    Address,
+    End,
+    Gateway,
+    Impairment,
+    Kind,
+    Link,
+    Network,
+    Node,
+    Topology,
+    first_index,
+    is_link_local,
+)
 
 # What every namespace needs for a quiet, honest lab. Addresses are ready at once (no duplicate address detection),
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
 # of `all` and the interface counts). Link-local addresses are given by the plan: a router without one on an interface
 # sends no neighbour solicitation for what it forwards (net/ipv6/ndisc.c, ndisc_send_ns), so traffic stops there.
+# Those come first that most kernels begin with: they are left out there (build.py).
 _SETTINGS: Final = (
-    ("net.ipv6.conf.default.accept_dad", "0"),
-    ("net.ipv6.conf.all.accept_dad", "0"),
-    ("net.ipv6.conf.default.addr_gen_mode", "1"),
-    ("net.ipv6.conf.default.accept_ra", "0"),
     ("net.ipv4.conf.all.rp_filter", "0"),
     ("net.ipv4.conf.default.rp_filter", "0"),
+    ("net.ipv6.conf.all.accept_dad", "0"),
+    ("net.ipv6.conf.default.accept_dad", "0"),
+    ("net.ipv6.conf.default.addr_gen_mode", "1"),
+    ("net.ipv6.conf.default.accept_ra", "0"),
 )
 _NO_IPV6: Final = (("net.ipv6.conf.default.disable_ipv6", "1"),)  # impaired links only pass frames on
 _FORWARDING: Final = (("net.ipv4.ip_forward", "1"), ("net.ipv6.conf.all.forwarding", "1"))
@@ -153,7 +168,7 @@ class LoadRules:
 
 _LINK_LOCAL: Final = 0xFE80 << 112
 
-NetlinkOperation = MakeBridge | MakeLink | Redirect | Impair | JoinBridge | AddAddress | SetUp | AddRoute
+NetlinkOperation = AddRoute | AddAddress | SetUp | MakeLink | JoinBridge | MakeBridge | Redirect | Impair
 _Plug = tuple[End, bool]  # an end, and whether it may pass on frames that are several
 Operation = NetlinkOperation | MakeNamespace | StopOffload | WaitReady | Configure | RunCommand | LoadRules
 
@@ -211,14 +226,15 @@ def plan(topology: Topology, kernel: Collection[str] = ()) -> list[Operation]:
         forwarding = _FORWARDING if node.kind is Kind.ROUTER else ()
         settings, _ = _settings(node, plugs[node.name])
         operations.append(MakeNamespace(node.name, (*_SETTINGS, *forwarding, *settings)))
-    operations += [MakeBridge(node.name) for node in topology.nodes if node.kind is Kind.BRIDGE]
     if any(is_impaired(link) for link in topology.links):
-        operations.append(MakeNamespace(WIRE, (*_SETTINGS, *_NO_IPV6)))
-    for number, link in enumerate(topology.links):
-        operations += _link(number, link, kernel)
+        operations += [MakeNamespace(WIRE, (*_SETTINGS, *_NO_IPV6)), SetUp(WIRE, LOOPBACK)]
+    links = _links_by_first_node(topology)
     ways = routes(topology)
     link_locals = _link_locals(topology)
     for node in topology.nodes:
+        # All that is done in one node in a row: what comes in a row is sent at once (build.py).
+        for number in links[node.name]:
+            operations += _link(number, topology.links[number], kernel)
         operations += _configuration(node, plugs[node.name], link_locals, ways.get(node.name, ()))
     # A bridge that joins nothing has no carrier, ever.
     operations += [WaitReady(node.name) for node in topology.nodes if node.kind is not Kind.BRIDGE or plugs[node.name]]
@@ -237,6 +253,15 @@ def _plugs(topology: Topology) -> Mapping[str, Sequence[_Plug]]:
         has_offload = topology.offload and not is_impaired(link)
         for end in link.ends:
             found[end.node].append((end, has_offload))
+    return found
+
+
+def _links_by_first_node(topology: Topology) -> Mapping[str, Sequence[int]]:
+    """The links of each node that none before it has, by their places."""
+    found: defaultdict[str, list[int]] = defaultdict(list)
+    places = {node.name: place for place, node in enumerate(topology.nodes)}
+    for number, link in enumerate(topology.links):
+        found[min((end.node for end in link.ends), key=lambda name: places[name])].append(number)
     return found
 
 
@@ -301,15 +326,17 @@ def _configuration(
     """What is done inside one node."""
     name = node.name
     ends = [end for end, _ in plugs]
-    operations: list[Operation] = [StopOffload(name, end.interface) for end, has_offload in plugs if not has_offload]
+    operations: list[Operation] = []
     if node.kind is Kind.BRIDGE:
+        operations.append(MakeBridge(name))
         operations += [JoinBridge(name, end.interface) for end in ends]
         operations.append(SetUp(name, BRIDGE))
+    operations += [SetUp(name, interface) for interface in (LOOPBACK, *(end.interface for end in ends))]
     for end in ends:
         own = [link_locals[end.label]] if end.label in link_locals else []
         operations += [AddAddress(name, end.interface, address) for address in (*end.addresses, *own)]
-    operations += [SetUp(name, interface) for interface in ("lo", *(end.interface for end in ends))]
     operations += [AddRoute(name, to, via) for to, via in ways]
+    operations += [StopOffload(name, end.interface) for end, has_offload in plugs if not has_offload]
     return operations
 
 
@@ -324,9 +351,9 @@ def _link_locals(topology: Topology) -> dict[str, Address]:
     found: dict[str, Address] = {}
     for segment in topology.segments():
         ipv6 = {end.label: [address for address in end.addresses if address.version == 6] for end in segment}
-        taken = {int(address) for addresses in ipv6.values() for address in addresses if address.is_link_local}
+        taken = {int(address) for addresses in ipv6.values() for address in addresses if is_link_local(address)}
         for label, addresses in ipv6.items():
-            if not addresses or any(address.is_link_local for address in addresses):
+            if not addresses or any(map(is_link_local, addresses)):
                 continue
             lower_half = int(addresses[0]) & (1 << 64) - 1
             number = _LINK_LOCAL | lower_half

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Final
 
-from testbed.topology import Address, End, Gateway, Kind, Network, Node, Topology
+from testbed.topology import Address, End, Gateway, Kind, Network, Node, Topology, is_link_local
 
 _DEFAULT: Final[dict[int, Network]] = {4: ipaddress.IPv4Network("0.0.0.0/0"), 6: ipaddress.IPv6Network("::/0")}
 
@@ -61,17 +61,18 @@ class _Graph:
         }
         bits: dict[tuple[int, _Subnet], int] = {}
         for segment in topology.segments():
-            for end in segment:
-                own: set[tuple[int, _Subnet]] = {(address.version, _subnet(address)) for address in _routed(end)}
+            heard = [(end.node, _routed(end)) for end in segment]
+            for node, addresses in heard:
+                own: set[tuple[int, _Subnet]] = {(address.version, _subnet(address)) for address in addresses}
                 for version, subnet in own:
                     if (version, subnet) not in bits:
                         bits[version, subnet] = 1 << len(self._subnets[version])
                         self._subnets[version].append(subnet)
-                    self._own[version][end.node] |= bits[version, subnet]
-                for other in segment:
-                    if other.node != end.node and other.node in routers:
-                        for version, gateway in _gateways(other, own).items():
-                            self._gateways[version][end.node].append((other.node, gateway))
+                    self._own[version][node] |= bits[version, subnet]
+                for other, theirs in heard:
+                    if other != node and other in routers:
+                        for version, gateway in _gateways(theirs, own).items():
+                            self._gateways[version][node].append((other, gateway))
 
     def ways(self, start: str) -> _Ways:
         """The subnets that are not a node's own, by the gateway of the shortest way to them (breadth first)."""
@@ -102,7 +103,7 @@ class _Graph:
 
 def _routed(end: End) -> list[Address]:
     """The addresses of an end that routes may begin at or lead to."""
-    return [address for address in end.addresses if not (address.version == 6 and address.is_link_local)]
+    return [address for address in end.addresses if not is_link_local(address)]
 
 
 def _subnet(address: Address) -> _Subnet:
@@ -110,12 +111,10 @@ def _subnet(address: Address) -> _Subnet:
     return int(network.network_address), network.prefixlen
 
 
-def _gateways(neighbour: End, own: set[tuple[int, _Subnet]]) -> dict[int, Gateway]:
-    """By family, the neighbour's address that an end with these subnets reaches without a gateway."""
+def _gateways(addresses: list[Address], own: set[tuple[int, _Subnet]]) -> dict[int, Gateway]:
+    """By family, the first of a neighbour's addresses that an end with these subnets reaches without a gateway."""
     return {
-        address.version: address.ip
-        for address in reversed(_routed(neighbour))
-        if (address.version, _subnet(address)) in own
+        address.version: address.ip for address in reversed(addresses) if (address.version, _subnet(address)) in own
     }
 
 

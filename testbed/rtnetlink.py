@@ -14,13 +14,18 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from testbed.topology import Address
+    from testbed.topology import Address, Gateway, Network
 
 _HEADER: Final = struct.Struct("=IHHII")
 _IFINFO: Final = struct.Struct("=BxHiII")  # linux/rtnetlink.h, struct ifinfomsg
 _IFADDR: Final = struct.Struct("=BBBBI")  # linux/if_addr.h, struct ifaddrmsg
 _ATTRIBUTE: Final = struct.Struct("=HH")  # linux/rtnetlink.h, struct rtattr
-_RTMSG: Final = struct.Struct("=BBBBBBBBI")  # linux/rtnetlink.h, struct rtmsg
+
+# Whole messages, since a lab has most of these: struct ifaddrmsg, IFA_LOCAL and IFA_ADDRESS; struct rtmsg
+# (linux/rtnetlink.h), RTA_DST and RTA_GATEWAY. By IP version, with the address family and the length of an attribute.
+_ADDRESSES: Final = {4: struct.Struct("=BBBBIHH4sHH4s"), 6: struct.Struct("=BBBBIHH16sHH16s")}
+_ROUTES: Final = {4: struct.Struct("=BBBBBBBBIHH4sHH4s"), 6: struct.Struct("=BBBBBBBBIHH16sHH16s")}
+_FAMILIES: Final = {4: (int(socket.AF_INET), 8), 6: (int(socket.AF_INET6), 20)}
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE = 16, 18, 20, 22, 24
@@ -82,29 +87,28 @@ def join(index: int, master: int) -> Request:
     return Request(_RTM_NEWLINK, 0, body)
 
 
-def up(index: int) -> Request:
-    """Set an interface up."""
-    return Request(_RTM_NEWLINK, 0, _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP))
-
-
-def mark(text: str) -> Request:
-    """Write something down in a namespace for whoever finds it: as the alias of its lo."""
-    body = _IFINFO.pack(0, 0, _LOOPBACK, 0, 0) + attribute(_IFLA_ALIAS, text.encode())
-    return Request(_RTM_NEWLINK, 0, body)
+def up(index: int, alias: str = "") -> Request:
+    """Set an interface up, and give it an alias."""
+    body = _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP)
+    return Request(_RTM_NEWLINK, 0, body + attribute(_IFLA_ALIAS, alias.encode()) if alias else body)
 
 
 def address(index: int, value: Address) -> Request:
     """Give an interface an address."""
-    packed = value.packed  # not that of `ip`, which is made each time
-    body = _IFADDR.pack(_family(value.version), value.network.prefixlen, 0, 0, index)
-    body += attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
+    version, packed = value.version, value.packed  # not that of `value.ip`, which is made each time
+    family, length = _FAMILIES[version]
+    header = (family, value.network.prefixlen, 0, 0, index)
+    body = _ADDRESSES[version].pack(*header, length, _IFA_LOCAL, packed, length, _IFA_ADDRESS, packed)
     return Request(_RTM_NEWADDR, _CREATE_EXCLUSIVE, body)
 
 
-def route(version: int, prefix: bytes, length: int, gateway: bytes) -> Request:
+def route(to: Network, gateway: Gateway) -> Request:
     """Add a route by a gateway, in the place of one to the same prefix."""
-    header = (_family(version), length, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST, 0)
-    body = _RTMSG.pack(*header) + attribute(_RTA_DST, prefix) + attribute(_RTA_GATEWAY, gateway)
+    version = to.version
+    family, length = _FAMILIES[version]
+    header = (family, to.prefixlen, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RTN_UNICAST, 0)
+    prefix = to.network_address.packed
+    body = _ROUTES[version].pack(*header, length, _RTA_DST, prefix, length, _RTA_GATEWAY, gateway.packed)
     return Request(_RTM_NEWROUTE, CREATE_REPLACE, body)
 
 
@@ -183,7 +187,7 @@ def tentative(netlink: socket.socket) -> list[str]:
 
 
 def marked(netlink: socket.socket) -> str:
-    """What was written down in a namespace; empty if nothing was."""
+    """The alias of the lo of a namespace; empty if it has none."""
     for body in dump(netlink, _RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
         if _IFINFO.unpack_from(body)[2] == _LOOPBACK:
             return attributes(body[_IFINFO.size :]).get(_IFLA_ALIAS, b"").rstrip(b"\0").decode(errors="replace")
@@ -220,10 +224,6 @@ def _named(name: str, mac: str, mtu: int) -> bytes:
         + attribute(_IFLA_MTU, struct.pack("=I", mtu))
         + _ONE_QUEUE
     )
-
-
-def _family(version: int) -> int:
-    return int(socket.AF_INET if version == 4 else socket.AF_INET6)
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -214,6 +214,29 @@ links: [{ends: [{node: a}, {node: b}]}]
         assert inside.call(Path("/proc/sys/net/ipv4/conf/eth0/rp_filter").read_text) == "2\n"
 
 
+def test_settings_are_made_in_order_even_where_some_are_there_already() -> None:
+    settings = (
+        ("net.ipv4.conf.default.forwarding", "0"),  # as in any new namespace
+        ("net.ipv4.ip_forward", "1"),  # which changes the one above, too
+        ("net.ipv4.conf.default.forwarding", "0"),
+    )
+    with Builder() as builder:
+        builder.build(
+            [MakeNamespace("a", settings), MakeNamespace("b", settings[1:]), MakeNamespace("c", settings[:2])]
+        )
+        seen = [builder.namespace(node).call(forwarding) for node in ("a", "b", "c")]
+    assert seen == [("1", "0"), ("1", "0"), ("1", "1")]
+
+
+def forwarding() -> tuple[str, str]:
+    """Whether this thread's namespace forwards IPv4, and whether what comes into it would."""
+    return read_sysctl("net/ipv4/ip_forward"), read_sysctl("net/ipv4/conf/default/forwarding")
+
+
+def read_sysctl(key: str) -> str:
+    return Path("/proc/sys", key).read_text().strip()
+
+
 def test_commands_are_run_in_order_before_rules_that_need_what_they_make() -> None:
     text = """
 name: pair

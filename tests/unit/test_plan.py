@@ -165,9 +165,22 @@ PAIR = "name: pair\nnodes: {{a: {a}, b: {b}}}\nlinks: [{{ends: [{{node: a}}, {{n
 def test_a_plan_is_in_the_order_in_which_things_can_be_done() -> None:
     text = PAIR.format(a="{}", b="{kind: bridge}").replace("{node: b}", "{node: b, addresses: []}")
     kinds = [type(operation) for operation in operations(text)]
-    inside = [StopOffload, AddAddress, SetUp, StopOffload, JoinBridge, SetUp]
-    order = [MakeNamespace, MakeBridge, MakeLink, *inside, WaitReady]
+    host = [MakeLink, SetUp, AddAddress, StopOffload]
+    bridge = [MakeBridge, JoinBridge, SetUp, StopOffload]
+    order = [MakeNamespace, *host, *bridge, WaitReady]
     assert [kind for kind, following in pairwise([*kinds, None]) if kind is not following] == order
+
+
+def test_a_link_is_made_with_the_first_of_its_nodes() -> None:
+    text = "name: x\nnodes: {a: , b: , c: }\nlinks: [{ends: [{node: c}, {node: b}]}, {ends: [{node: b}, {node: a}]}]"
+    made = [each for each in operations(text) if isinstance(each, MakeLink | SetUp)]
+    assert [describe(each).split(", MTU")[0] for each in made] == [
+        "b: link eth1 to a:eth0",
+        *("a: lo up", "a: eth0 up"),
+        "c: link eth0 to b:eth0",
+        *("b: lo up", "b: eth0 up", "b: eth1 up"),
+        *("c: lo up", "c: eth0 up"),
+    ]
 
 
 def test_a_plan_is_the_same_each_time() -> None:
@@ -238,7 +251,7 @@ def test_routes_are_added_after_addresses_and_interfaces() -> None:
     made = plan(chain(3))
     of_first = [operation for operation in made if getattr(operation, "node", None) == "n0"]
     route = next(at for at, operation in enumerate(of_first) if isinstance(operation, AddRoute))
-    assert all(isinstance(operation, AddRoute | WaitReady) for operation in of_first[route:])
+    assert not any(isinstance(operation, AddAddress | SetUp) for operation in of_first[route:])
 
 
 IMPAIRED = "name: pair\nnodes: {a: , b: }\nlinks: [{ends: [{node: a, impair: %s}, {node: b}]}]"
