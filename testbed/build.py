@@ -17,17 +17,16 @@ import shlex
 import socket
 import struct
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import dropwhile, groupby, takewhile
-from pathlib import Path
+from itertools import dropwhile, groupby
 from typing import Final
 
-from testbed import impair, rtnetlink, tc
+from testbed import impair, rtnetlink, sysctl, tc
 from testbed.errors import TestbedError
-from testbed.netns import Namespace
+from testbed.netns import Namespace, returning
 from testbed.owner import environment, namespace_mark
 from testbed.plan import (
     AddAddress,
@@ -48,11 +47,11 @@ from testbed.plan import (
     WaitReady,
     describe,
 )
+from testbed.sysctl import Setting
 from testbed.topology import BRIDGE, LOOPBACK, automatic_mac
 
 _SIOCETHTOOL: Final = 0x8946
 _ETHTOOL_GLINK, _ETHTOOL_STXCSUM = 0xA, 0x17  # linux/ethtool.h
-_MAKERS: Final = 2  # threads that make namespaces; more gain nothing
 _PATIENCE: Final = 10.0  # seconds until an interface must be up
 _LOOK_AGAIN: Final = 0.0005  # seconds
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
@@ -67,9 +66,13 @@ class Site:
     """One node while it is there: its namespace, the netlink socket inside, the index of each interface."""
 
     def __init__(self) -> None:
-        """Make it, around a thread that ends there."""
+        """Make it, around this thread (Namespace.move_into_new)."""
         self.namespace = Namespace.move_into_new()
-        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        try:
+            self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        except OSError:
+            self.namespace.close()
+            raise
         self.indexes = {LOOPBACK: 1}
 
     def close(self) -> None:
@@ -142,22 +145,37 @@ class Builder:
                 raise TypeError(f"{operation} is a matter of netlink")
 
     def _make_namespaces(self, operations: list[MakeNamespace]) -> None:
-        """Make namespaces side by side, then what is in each.
+        """Make namespaces, this thread and another side by side, then what is in each.
 
-        The kernel takes about a millisecond for a namespace, half of it under locks. Settings are written by this thread
-        alone: threads that share Python's lock wait longer for it than the writing takes.
+        The kernel takes about a millisecond for a namespace, half of it under locks. Settings are written by this
+        thread alone: two that share Python's lock wait longer for it than the writing takes.
         """
-        self._mark = namespace_mark()
-        with ThreadPoolExecutor(_MAKERS) as makers:
-            futures = {operation.node: makers.submit(Site) for operation in operations}
-        # What was made is ours to close before any failure is told.
-        self.sites |= {node: future.result() for node, future in futures.items() if not future.exception()}
-        for future in futures.values():
-            self._made(future.result().namespace)
-        first = operations[0]
-        there = self.namespace(first.node).call(partial(_already_there, first.settings))
+        made: dict[str, Site] = {}
+        failures: list[Exception] = []
+        nodes = iter([operation.node for operation in operations])
+        # Each on a processor of its own: the kernel has a thread that waited for Python's lock run where that was given
+        # up, and there it waits again, until the other is done in the kernel.
+        processors = sorted(os.sched_getaffinity(0))
+        other = threading.Thread(target=_make_sites, args=(processors[-1], nodes, made, failures))
+        other.start()
+        try:
+            self._mark = namespace_mark()
+            with returning():
+                _make_sites(processors[0], nodes, made, failures)
+        finally:
+            os.sched_setaffinity(0, processors)
+            other.join()
+            # In order, and ours to close before any failure is told.
+            self.sites |= {operation.node: made[operation.node] for operation in operations if operation.node in made}
+        if failures:
+            raise failures[0]
         for operation in operations:
-            with self.namespace(operation.node).entered():
+            self._made(self.namespace(operation.node))
+        with returning():
+            self.namespace(operations[0].node).enter()
+            there = sysctl.already_there(operations[0].settings)  # and in all others: they begin alike
+            for operation in operations:
+                self.namespace(operation.node).enter()
                 _configure(operation.node, dropwhile(there.__contains__, operation.settings))
 
     def _run(self, node: str, command: Sequence[str], failed: str, text: str = "") -> None:
@@ -230,6 +248,16 @@ class Builder:
         self.close()
 
 
+def _make_sites(processor: int, nodes: Iterator[str], made: dict[str, Site], failures: list[Exception]) -> None:
+    """Make the sites of nodes that no other thread has taken; this one stays in the last, and on a processor."""
+    try:
+        os.sched_setaffinity(0, {processor})
+        for node in nodes:
+            made[node] = Site()
+    except Exception as error:
+        failures.append(error)
+
+
 def _place(operation: Operation) -> tuple[str | None, bool]:
     """The node inside which an operation is done, None for what makes the nodes; and whether netlink does it."""
     match operation:
@@ -252,39 +280,13 @@ def _ethtool(control: socket.socket, interface: str, command: int, value: int) -
     return buffer[1]
 
 
-def _already_there(settings: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The first of some settings that the namespace of this thread, a new one, has without being told.
-
-    All that this process makes begin alike. Only the first, since what is written may change what comes later.
-    """
-    return set(takewhile(lambda setting: _read(setting[0]) == setting[1], settings))
-
-
-def _read(key: str) -> str | None:
-    """A sysctl of the namespace that this thread is in; None when it cannot be read."""
-    try:
-        return Path(_path(key)).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeError):
-        return None
-
-
-def _configure(node: str, settings: Iterable[tuple[str, str]]) -> None:
+def _configure(node: str, settings: Iterable[Setting]) -> None:
     """Set sysctls of the namespace that this thread is in."""
     for key, value in settings:
         try:
-            # Without a file object, which takes twice as long as the kernel does.
-            descriptor = os.open(_path(key), os.O_WRONLY)
-            try:
-                os.write(descriptor, value.encode("ascii"))
-            finally:
-                os.close(descriptor)
+            sysctl.write(key, value)
         except (OSError, UnicodeError) as error:
             raise BuildError(f"{key} = {value} in {node}: {error}") from error
-
-
-def _path(key: str) -> str:
-    """Where a sysctl is."""
-    return f"/proc/sys/{key.replace('.', '/')}"
 
 
 def _wait_ready(node: str, site: Site) -> None:

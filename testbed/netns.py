@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 _CLONE_NEWNET: Final = 0x40000000
-_OWN: Final = "/proc/thread-self/ns/net"  # /proc/self shows the main thread's
+_OWN: Final = Path("/proc/thread-self/ns/net")  # /proc/self shows the main thread's
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -42,14 +42,14 @@ class Namespace:
 
     @classmethod
     def move_into_new(cls) -> Self:
-        """Make a namespace and stay in it, with a thread that ends there and so needs no way back."""
+        """Make a namespace and stay in it with this thread: one that ends there, or inside `returning`."""
         _check(_libc.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
         return cls.current()
 
     @classmethod
     def current(cls) -> Self:
         """The namespace of this thread."""
-        return cls.at(Path(_OWN))
+        return cls.at(_OWN)
 
     @classmethod
     def of_process(cls, pid: int) -> Self:
@@ -68,21 +68,18 @@ class Namespace:
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode: equal for two handles of one namespace."""
-        status = os.fstat(self._descriptor)
-        return status.st_dev, status.st_ino
+        return _identity(os.fstat(self._descriptor))
+
+    def enter(self) -> None:
+        """Move this thread in: one that ends there, or inside `returning`."""
+        _check(_libc.setns(self._descriptor, _CLONE_NEWNET), "setns")
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Be in the namespace with this thread, and back where it was afterwards. Nothing may await inside."""
-        back = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check(_libc.setns(self._descriptor, _CLONE_NEWNET), "setns")
-            try:
-                yield
-            finally:
-                _check(_libc.setns(back, _CLONE_NEWNET), "setns back")
-        finally:
-            os.close(back)
+        with returning():
+            self.enter()
+            yield
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket that belongs to the namespace, wherever it is used."""
@@ -110,6 +107,22 @@ class Namespace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def returning() -> Iterator[None]:
+    """Have this thread back afterwards in the namespace where it was, whichever it goes to inside."""
+    with Namespace.current() as back:
+        try:
+            yield
+        finally:
+            # Who may not move is told that, and not that there is no way back.
+            if _identity(_OWN.stat()) != back.identity:
+                back.enter()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _check(result: int, what: str) -> None:

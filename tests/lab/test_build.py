@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
+import resource
 import socket
 import subprocess
 import sys
@@ -176,6 +178,20 @@ def test_a_link_that_is_never_operational_is_named(monkeypatch: pytest.MonkeyPat
         builder.build(of_one_node)
 
 
+def test_when_descriptors_run_out_nothing_is_left_and_the_thread_is_back() -> None:
+    before, limits = open_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    here = Namespace.current().identity
+    builder = Builder()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 9, limits[1]))  # for some of the namespaces
+    try:
+        with pytest.raises(BuildError, match="Too many open files"):
+            builder.build(plan(chain(10)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert open_descriptors() == before
+    assert Namespace.current().identity == here
+
+
 def test_without_the_right_to_make_namespaces_the_error_says_so() -> None:
     script = """
 from testbed import build
@@ -288,10 +304,10 @@ def test_a_thread_is_where_it_was_after_building() -> None:
     seen = []
 
     def build_one() -> None:
-        before = Namespace.current().identity
+        before = Namespace.current().identity, os.sched_getaffinity(0)
         with Builder() as builder:
-            builder.build(plan(chain(2)))
-            seen.append(Namespace.current().identity == before)
+            builder.build(plan(chain(3)))
+            seen.append((Namespace.current().identity, os.sched_getaffinity(0)) == before)
 
     thread = threading.Thread(target=build_one)
     thread.start()
