@@ -381,10 +381,9 @@ class Lab(Expectations):
         """
         means = next((means for means in self._means if label in means.labels), None)
         if means is None:
-            ends = ", ".join(label for means in self._means for label in means.labels) or "none"
-            raise LabError(
-                f"{label} is no end of an impaired link, only {ends}; `impair: {{}}` in a topology makes one"
-            )
+            ends = ", ".join(label for means in self._means for label in means.labels)
+            what = f"only {ends}" if ends else "there is none"
+            raise LabError(f"{label} is no end of an impaired link, {what}; `impair: {{}}` in a topology makes one")
         with self.journal.during(LAB, f"{label}: {described(impairment)}"):
             try:
                 means.change(label, impairment)

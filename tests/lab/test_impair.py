@@ -32,6 +32,7 @@ from testbed.keeper import hand_over
 from testbed.lab import Lab, LabError
 from testbed.owner import start_time
 from testbed.process import ServiceError
+from testbed.shapes import chain
 from testbed.topology import Impairment
 from testbed.topology_file import load, loads
 from testbed.traffic import content
@@ -467,6 +468,11 @@ def test_the_kernel_is_told_of_a_change_and_nothing_that_was_counted_is_forgotte
 def test_a_change_that_cannot_be_is_refused(topology: str, label: str, wanted: Impairment, complaint: str) -> None:
     with Lab(loads(ONE_WAY % topology), capture=False) as lab, pytest.raises(LabError, match=complaint):
         lab.impair(label, wanted)
+
+
+def test_where_no_link_is_impaired_a_change_says_so() -> None:
+    with Lab(chain(2), capture=False) as lab, pytest.raises(LabError, match="impaired link, there is none"):
+        lab.impair("n0:right", Impairment())
 
 
 def test_a_kernel_without_netem_says_how_to_have_it_done(capabilities: Capabilities) -> None:
