@@ -87,21 +87,31 @@ def _make_directory() -> None:
 
 
 def records() -> list[Record]:
-    """The labs that run; records of those that do not are removed."""
-    found = []
+    """The labs that run; records of others are removed, unless one is just being made: it may be of such a name."""
+    found, stale = _look()
+    if stale:
+        with contextlib.suppress(BlockingIOError), lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for name in _look()[1]:
+                forget(name)
+    return found
+
+
+def _look() -> tuple[list[Record], list[str]]:
+    """The records of labs that run, and the names of the others."""
+    found, stale = [], []
     for path in sorted(directory().glob("*.json")):
         try:
             record = Record(**json.loads(path.read_text()))
         except OSError:  # it has just been removed, or cannot be read now
             continue
         except (ValueError, TypeError):
-            forget(path.stem)
+            stale.append(path.stem)
             continue
         if record.is_gone:
-            forget(path.stem)
+            stale.append(path.stem)
         else:
             found.append(record)
-    return found
+    return found, stale
 
 
 def find(name: str | None) -> Record:
@@ -215,12 +225,12 @@ def forget(name: str) -> None:
 
 
 @contextlib.contextmanager
-def lock() -> Iterator[int]:
-    """One that makes a record at a time; yields the descriptor that holds the lock."""
+def lock(how: int = fcntl.LOCK_EX) -> Iterator[int]:
+    """One that makes records, or removes what another left, at a time; yields the descriptor that holds the lock."""
     _make_directory()
     descriptor = os.open(directory() / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, how)
         yield descriptor
     finally:
         os.close(descriptor)

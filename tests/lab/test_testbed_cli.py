@@ -604,6 +604,22 @@ def test_a_lab_of_another_pid_namespace_is_left_alone(lab: str) -> None:
     assert lab in run_testbed("ls").stdout
 
 
+def test_a_record_of_no_lab_is_left_to_who_is_just_making_one(name: str, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as keeper:
+        gone = registry.Record(name, keeper.pid, start_time(keeper.pid) or "", str(tmp_path), {})
+        keeper.kill()
+    gone.write()
+    path = registry.directory() / f"{name}.json"
+    try:
+        with registry.lock():
+            assert gone not in registry.records()
+            assert path.exists()  # it might have been written meanwhile
+        assert gone not in registry.records()
+        assert not path.exists()
+    finally:
+        gone.remove()
+
+
 def test_down_leaves_another_lab_alone_that_has_just_taken_the_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
