@@ -11,6 +11,7 @@ addresses, routes and tables with it.
 from __future__ import annotations
 
 import array
+import ctypes
 import fcntl
 import os
 import shlex
@@ -56,6 +57,8 @@ _PATIENCE: Final = 10.0  # seconds until an interface must be up
 _LOOK_AGAIN: Final = 0.0005  # seconds
 _COMMAND_PATIENCE: Final = 60.0  # seconds for a command in a node
 _BRIDGE_INDEX: Final = 9  # links begin at 10
+
+_libc: Final = ctypes.CDLL(None)
 
 
 class BuildError(TestbedError):
@@ -153,17 +156,18 @@ class Builder:
         made: dict[str, Site] = {}
         failures: list[Exception] = []
         nodes = iter([operation.node for operation in operations])
-        # Each on a processor of its own: the kernel has a thread that waited for Python's lock run where that was given
+        # Each on processors of its own: the kernel has a thread that waited for Python's lock run where that was given
         # up, and there it waits again, until the other is done in the kernel.
-        processors = sorted(os.sched_getaffinity(0))
-        other = threading.Thread(target=_make_sites, args=(processors[-1], nodes, made, failures))
+        allowed = os.sched_getaffinity(0)
+        here = {_libc.sched_getcpu()}
+        other = threading.Thread(target=_make_sites, args=(allowed - here or allowed, nodes, made, failures))
         other.start()
         try:
             self._mark = namespace_mark()
             with returning():
-                _make_sites(processors[0], nodes, made, failures)
+                _make_sites(here, nodes, made, failures)
         finally:
-            os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(0, allowed)
             other.join()
             # In order, and ours to close before any failure is told.
             self.sites |= {operation.node: made[operation.node] for operation in operations if operation.node in made}
@@ -248,10 +252,10 @@ class Builder:
         self.close()
 
 
-def _make_sites(processor: int, nodes: Iterator[str], made: dict[str, Site], failures: list[Exception]) -> None:
-    """Make the sites of nodes that no other thread has taken; this one stays in the last, and on a processor."""
+def _make_sites(processors: set[int], nodes: Iterator[str], made: dict[str, Site], failures: list[Exception]) -> None:
+    """Make the sites of nodes that no other thread has taken; this one stays in the last, and on these processors."""
     try:
-        os.sched_setaffinity(0, {processor})
+        os.sched_setaffinity(0, processors)
         for node in nodes:
             made[node] = Site()
     except Exception as error:
