@@ -93,9 +93,9 @@ class Namespace:
 
     def close(self) -> None:
         """Give the handle up."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1  # first: twice, it might be somebody else's
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         self.close()
