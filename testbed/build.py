@@ -69,7 +69,7 @@ class Site:
     """One node while it is there: its namespace, the netlink socket inside, the index of each interface."""
 
     def __init__(self) -> None:
-        """Make it, around this thread (Namespace.move_into_new)."""
+        """Make it, around a thread that ends there."""
         self.namespace = Namespace.move_into_new()
         try:
             self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -148,10 +148,10 @@ class Builder:
                 raise TypeError(f"{operation} is a matter of netlink")
 
     def _make_namespaces(self, operations: list[MakeNamespace]) -> None:
-        """Make namespaces, this thread and another side by side, then what is in each.
+        """Make namespaces, two threads side by side, then what is in each.
 
-        The kernel takes about a millisecond for a namespace, half of it under locks. Settings are written by this
-        thread alone: two that share Python's lock wait longer for it than the writing takes.
+        The kernel takes about a millisecond for a namespace, half of it under locks. Settings are written by one
+        thread: two that share Python's lock wait longer for it than the writing takes.
         """
         made: dict[str, Site] = {}
         failures: list[Exception] = []
@@ -160,15 +160,17 @@ class Builder:
         # up, and there it waits again, until the other is done in the kernel.
         allowed = os.sched_getaffinity(0)
         here = {_libc.sched_getcpu()}
-        other = threading.Thread(target=_make_sites, args=(allowed - here or allowed, nodes, made, failures))
-        other.start()
+        makers = [
+            threading.Thread(target=_make_sites, args=(processors, nodes, made, failures))
+            for processors in (here, allowed - here or allowed)
+        ]
+        for maker in makers:
+            maker.start()
         try:
             self._mark = namespace_mark()
-            with returning():
-                _make_sites(here, nodes, made, failures)
         finally:
-            os.sched_setaffinity(0, allowed)
-            other.join()
+            for maker in makers:
+                maker.join()
             # In order, and ours to close before any failure is told.
             self.sites |= {operation.node: made[operation.node] for operation in operations if operation.node in made}
         if failures:
@@ -253,7 +255,7 @@ class Builder:
 
 
 def _make_sites(processors: set[int], nodes: Iterator[str], made: dict[str, Site], failures: list[Exception]) -> None:
-    """Make the sites of nodes that no other thread has taken; this one stays in the last, and on these processors."""
+    """Make the sites of nodes that no other thread has taken, in a thread that ends there."""
     try:
         os.sched_setaffinity(0, processors)
         for node in nodes:

@@ -42,7 +42,7 @@ class Namespace:
 
     @classmethod
     def move_into_new(cls) -> Self:
-        """Make a namespace and stay in it with this thread: one that ends there, or inside `returning`."""
+        """Make a namespace and stay in it, with a thread that ends there and so needs no way back."""
         _check(_libc.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
         return cls.current()
 
@@ -116,9 +116,11 @@ def returning() -> Iterator[None]:
         try:
             yield
         finally:
-            # Who may not move is told that, and not that there is no way back.
-            if _identity(_OWN.stat()) != back.identity:
+            try:
                 back.enter()
+            except OSError:
+                if _identity(_OWN.stat()) != back.identity:  # else it is where it was: who may not move never left
+                    raise
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

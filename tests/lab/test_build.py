@@ -192,6 +192,20 @@ def test_when_descriptors_run_out_nothing_is_left_and_the_thread_is_back() -> No
     assert Namespace.current().identity == here
 
 
+def test_what_was_made_when_somebody_interrupts_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "namespace_mark", interrupt)  # asked for while the namespaces are being made
+    before, here = open_descriptors(), Namespace.current().identity
+    with Builder() as builder:
+        with pytest.raises(KeyboardInterrupt):
+            builder.build(plan(chain(10)))
+        assert len(builder.sites) == 10
+    assert open_descriptors() == before
+    assert Namespace.current().identity == here
+
+
 def test_without_the_right_to_make_namespaces_the_error_says_so() -> None:
     script = """
 from testbed import build
