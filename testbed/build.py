@@ -11,6 +11,7 @@ addresses, routes and tables with it.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -164,13 +165,19 @@ class Builder:
             threading.Thread(target=_make_sites, args=(processors, nodes, made, failures))
             for processors in (here, allowed - here or allowed)
         ]
-        for maker in makers:
-            maker.start()
         try:
+            for maker in makers:
+                maker.start()
             self._mark = namespace_mark()
-        finally:
             for maker in makers:
                 maker.join()
+        except RuntimeError as error:  # there can be no more threads
+            raise BuildError(f"the lab could not be built: {error}") from error
+        finally:
+            _leave_out(nodes)
+            for maker in makers:
+                if maker.ident is not None:
+                    maker.join()
             # In order, and ours to close before any failure is told.
             self.sites |= {operation.node: made[operation.node] for operation in operations if operation.node in made}
         if failures:
@@ -182,6 +189,7 @@ class Builder:
             there = sysctl.already_there(operations[0].settings)  # and in all others: they begin alike
             for operation in operations:
                 self.namespace(operation.node).enter()
+                # Only the first are left out: what is written may change what comes later.
                 _configure(operation.node, dropwhile(there.__contains__, operation.settings))
 
     def _run(self, node: str, command: Sequence[str], failed: str, text: str = "") -> None:
@@ -215,7 +223,7 @@ class Builder:
             case AddAddress(_, interface, address):
                 return [rtnetlink.address(indexes[interface], address)]
             case SetUp(_, interface):
-                # Who finds a namespace sees at its lo whose it is (owner.py); nothing runs in one whose lo is down.
+                # Who finds a namespace sees at its lo whose it is (owner.py); in a plan, lo is up before anything runs.
                 return [rtnetlink.up(indexes[interface], self._mark if interface == LOOPBACK else "")]
             case MakeLink():
                 return [self._veth(operation)]
@@ -257,11 +265,19 @@ class Builder:
 def _make_sites(processors: set[int], nodes: Iterator[str], made: dict[str, Site], failures: list[Exception]) -> None:
     """Make the sites of nodes that no other thread has taken, in a thread that ends there."""
     try:
-        os.sched_setaffinity(0, processors)
+        with contextlib.suppress(OSError, ValueError):  # where it may not choose, or none is known, it is slower
+            os.sched_setaffinity(0, processors)
         for node in nodes:
             made[node] = Site()
     except Exception as error:
         failures.append(error)
+        _leave_out(nodes)
+
+
+def _leave_out(nodes: Iterator[str]) -> None:
+    """Have nobody make the sites of those that are left."""
+    for _ in nodes:
+        pass
 
 
 def _place(operation: Operation) -> tuple[str | None, bool]:

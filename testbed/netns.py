@@ -118,9 +118,9 @@ def returning() -> Iterator[None]:
         finally:
             try:
                 back.enter()
-            except OSError:
+            except OSError as error:
                 if _identity(_OWN.stat()) != back.identity:  # else it is where it was: who may not move never left
-                    raise
+                    raise OSError(error.errno, f"no way back: {error.strerror}") from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

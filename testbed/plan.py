@@ -34,12 +34,13 @@ from testbed.topology import (
 # interfaces make up no IPv6 address of their own, and replies may take another way than requests (rp_filter: the larger
 # of `all` and the interface counts). Link-local addresses are given by the plan: a router without one on an interface
 # sends no neighbour solicitation for what it forwards (net/ipv6/ndisc.c, ndisc_send_ns), so traffic stops there.
-# Those come first that most kernels begin with: they are left out there (build.py).
+# Those come first that most kernels begin with: they are left out there (build.py). But not the default of rp_filter:
+# an interface keeps it from then on only if it was written (net/ipv4/devinet.c, devinet_conf_proc).
 _SETTINGS: Final = (
     ("net.ipv4.conf.all.rp_filter", "0"),
-    ("net.ipv4.conf.default.rp_filter", "0"),
     ("net.ipv6.conf.all.accept_dad", "0"),
     ("net.ipv6.conf.default.accept_dad", "0"),
+    ("net.ipv4.conf.default.rp_filter", "0"),
     ("net.ipv6.conf.default.addr_gen_mode", "1"),
     ("net.ipv6.conf.default.accept_ra", "0"),
 )

@@ -1,7 +1,7 @@
 """rtnetlink messages: the few that building a lab takes, packed by hand.
 
 Owns: bytes of requests, their sending in batches, the reading of answers and dumps. pyroute2 makes the same messages at
-about 0.5 ms each (its calls run through an event loop); a lab of ten nodes takes 170 of them, and is to be ready in
+about 0.5 ms each (its calls run through an event loop); a lab of ten nodes takes 150 of them, and is to be ready in
 25 ms. For everything else a node has pyroute2 (lab.py).
 """
 

@@ -16,10 +16,7 @@ _LONGEST: Final = 4096  # bytes of a value that is compared
 
 
 def already_there(settings: Iterable[Setting]) -> set[Setting]:
-    """The first of some settings that a namespace in which nobody has set anything has by itself.
-
-    Only the first: what is written after them may change what comes later.
-    """
+    """The first of some settings that this thread's namespace, in which nobody has set anything, has by itself."""
     return set(takewhile(lambda setting: _read(setting[0]) == setting[1], settings))
 
 

@@ -27,6 +27,7 @@ from testbed.topology import (
     Topology,
     automatic_mac,
     first_index,
+    is_link_local,
 )
 
 NO_REGULAR_EXPRESSION: Final = (re.error, OverflowError, RecursionError)  # what Python says of one that it cannot take
@@ -118,7 +119,7 @@ def _gateway_problem(via: Gateway, own: Sequence[Address]) -> str | None:
     """Why a node with these addresses has no such gateway: it is a neighbour."""
     if any(via == address.ip for address in own):
         return f"{via} is its own address"
-    if via.version == 6 and via.is_link_local:
+    if is_link_local(via):
         return f"{via} is a link-local address: it does not tell the interface"
     near = [address.network for address in own if address.version == via.version and via in address.network]
     if not near:
