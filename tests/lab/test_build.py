@@ -217,9 +217,13 @@ def test_what_was_made_when_somebody_interrupts_can_be_closed(monkeypatch: pytes
     made: list[build.Site] = []
     monkeypatch.setattr(build, "Site", Interrupting)
     before, here = open_descriptors(), Namespace.current().identity
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # who begins us in the background has it ignored
     with Builder() as builder:
-        with pytest.raises(KeyboardInterrupt):
-            builder.build(plan(chain(50)))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                builder.build(plan(chain(50)))
+        finally:
+            signal.signal(signal.SIGINT, handler)
         # Python may give up waiting for the thread that the signal found it waiting for.
         settle = time.monotonic() + PATIENCE
         while threading.active_count() > 1 and time.monotonic() < settle:
