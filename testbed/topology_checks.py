@@ -16,6 +16,7 @@ from testbed.documents import Problem, Where
 from testbed.topology import (
     BRIDGE,
     ENGINE,
+    LOOPBACK,
     Address,
     End,
     Gateway,
@@ -36,7 +37,7 @@ _SYSCTL: Final = re.compile(r"net(\.[A-Za-z0-9_-]+)+")
 _SYSCTL_OF_INTERFACE: Final = re.compile(r"net\.ipv[46]\.(?:conf|neigh)\.([^.]+)\.")
 _NO_MAC: Final = "00:00:00:00:00:00"
 _ALL_INTERFACES: Final = {"all", "default"}
-_RESERVED: Final = {"lo", *_ALL_INTERFACES}  # interfaces that are there, and what sysctls call all of them
+_RESERVED: Final = {LOOPBACK, *_ALL_INTERFACES}  # interfaces that are there, and what sysctls call all of them
 
 
 def problems(topology: Topology) -> list[Problem]:
@@ -87,7 +88,7 @@ def readiness_problem(service: Service) -> str | None:
 
 
 def _sysctl_problems(topology: Topology, node: Node) -> Iterator[Problem]:
-    interfaces = {"lo", *(end.interface for end in topology.ends_of(node.name))}
+    interfaces = {LOOPBACK, *(end.interface for end in topology.ends_of(node.name))}
     interfaces |= {BRIDGE} if node.kind is Kind.BRIDGE else set()
     for key, value in node.sysctls:
         named = _SYSCTL_OF_INTERFACE.match(key)
